@@ -1,0 +1,13 @@
+//! Plain values that every layer may use. No behaviour beyond parsing, display and look-up in itself.
+
+pub mod address;
+pub mod names;
+pub mod peer;
+pub mod settings;
+pub mod site;
+pub mod upstream;
+
+pub use address::Address;
+pub use peer::Peer;
+pub use settings::Settings;
+pub use site::{Route, Site, SiteTable};

@@ -1,0 +1,25 @@
+//! Who is at the other end of a connection, and who the request says it is for.
+
+use std::net::{IpAddr, SocketAddr};
+
+/// The two ends of an accepted TCP connection.
+#[derive(Clone, Copy, Debug)]
+pub struct Peer {
+    pub remote: SocketAddr,
+    pub local: SocketAddr,
+}
+
+/// What PHP and the access log are told about the client, after `trusted_proxies` has been applied.
+#[derive(Clone, Debug)]
+pub struct ClientInfo {
+    /// REMOTE_ADDR.
+    pub address: IpAddr,
+    /// REMOTE_PORT; 0 where a trusted proxy did not tell it.
+    pub port: u16,
+    /// Whether the client spoke https to the outermost trusted proxy.
+    pub https: bool,
+    /// SERVER_PORT as the client sees it.
+    pub server_port: u16,
+    /// The effective authority with its port where the client gave one: HTTP_HOST. Empty for HTTP/1.0 without Host.
+    pub host: String,
+}

@@ -1,0 +1,92 @@
+//! Process-wide settings that requests and connections read; all of them come from the configuration.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use ipnet::IpNet;
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Settings {
+    pub listen: Listen,
+    pub buffer: Buffer,
+    pub log: Log,
+    pub drain: Drain,
+    /// Worker threads; `None` is "auto". Needs a restart.
+    pub workers: Option<usize>,
+    pub reload: ReloadMode,
+    /// Where an operator's swap is remembered; `None`: nowhere.
+    pub state: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReloadMode {
+    Signal,
+    Watch,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Listen {
+    pub http: Vec<SocketAddr>,
+    /// Needs a restart.
+    pub ops: Option<SocketAddr>,
+    pub ops_allow: Vec<IpNet>,
+    /// Needs a restart.
+    pub admin: PathBuf,
+    /// Empty: off.
+    pub health_path: String,
+    pub trusted_proxies: Vec<IpNet>,
+    pub idle_timeout: Duration,
+    pub header_timeout: Duration,
+    pub max_uri_bytes: usize,
+    pub max_header_bytes: usize,
+    pub stall_timeout: Duration,
+    /// Bytes a second.
+    pub min_rate: u64,
+    /// `None` is "auto": from RLIMIT_NOFILE.
+    pub max_connections: Option<usize>,
+    /// `None` is "unlimited".
+    pub max_connections_per_address: Option<usize>,
+    /// `None` is "unlimited".
+    pub max_requests_per_connection: Option<u64>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Buffer {
+    pub memory: usize,
+    pub total: u64,
+    pub dir: PathBuf,
+    pub disk: u64,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Log {
+    pub format: LogFormat,
+    /// A tracing level or filter: "info", "debug", "slackwater=debug,info".
+    pub level: String,
+    pub access: AccessFormat,
+    /// "stdout", "stderr" or a path.
+    pub access_file: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    Auto,
+    Text,
+    Json,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AccessFormat {
+    Json,
+    Combined,
+    Off,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Drain {
+    pub grace: Duration,
+    pub lame_duck: Duration,
+    pub health_fail_delay: Duration,
+    pub quiet: Duration,
+    pub margin: Duration,
+    pub receipt: Option<PathBuf>,
+}

@@ -1,0 +1,67 @@
+//! What the configuration says about an upstream: plain policy, no state.
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use super::Address;
+
+/// `[upstream.NAME]` without its sets.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Policy {
+    /// `None`: one connection per request (`keepalive = "off"`).
+    pub lease: Option<LeasePolicy>,
+    /// `None` is "auto".
+    pub workers_per_endpoint: Option<u32>,
+    pub connect_timeout: Duration,
+    /// To the first byte, and between bytes.
+    pub read_timeout: Duration,
+    pub retries: u32,
+    pub balance: Balance,
+    pub queue: QueuePolicy,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LeasePolicy {
+    /// Requests on one connection.
+    pub requests: u32,
+    pub age: Duration,
+    pub idle: Duration,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Balance {
+    LeastBusy,
+    RoundRobin,
+    /// `hash:$remote_addr`
+    HashAddress,
+    /// `hash:$cookie_NAME`
+    HashCookie(String),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QueuePolicy {
+    /// `None`: `max = "off"`, do not wait.
+    pub max: Option<usize>,
+    pub timeout: Duration,
+}
+
+/// `[upstream.NAME.set.SET]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SetConfig {
+    pub name: Arc<str>,
+    pub endpoints: Vec<Address>,
+    pub root: Option<PathBuf>,
+    pub php_root: Option<String>,
+    pub min_ready: usize,
+    pub status_path: Option<String>,
+    /// FPM's `pm.status_listen`: the status question goes there and takes no slot.
+    pub status_listen: Option<Address>,
+    pub ping: Option<Ping>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Ping {
+    pub path: String,
+    pub every: Duration,
+    pub fall: u32,
+    pub rise: u32,
+}
