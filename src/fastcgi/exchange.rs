@@ -1,0 +1,365 @@
+//! One request on one connection, as an owned state machine driven by polling.
+//!
+//! It is not the inside of an async function, so that it can be taken out of a request whose client has left and be
+//! read to its end elsewhere: the worker of FPM is busy until then.
+//!
+//! ```text
+//!            start                 all of STDIN written         END_REQUEST
+//!   Conn  ───────────▶  Sending  ────────────────────▶  Sent  ───────────────▶  Ended ──▶ Conn again (a lease)
+//!                         │  answers are read in both                 any error ──▶ Failed (closed)
+//! ```
+
+use std::{
+    future::poll_fn,
+    io,
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use bytes::{Buf, Bytes, BytesMut};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{TcpStream, UnixStream},
+    time::Instant,
+};
+
+use super::record::{self, Decoder, Frame};
+use crate::{
+    error::{Error, Kind, Retry},
+    model::Address,
+};
+
+/// The first read of an answer: most are smaller.
+const READ_BYTES: usize = 8 * 1024;
+/// Once an answer fills what was offered.
+const READ_BYTES_LARGE: usize = 64 * 1024;
+/// protocolStatus values of END_REQUEST (FastCGI 1.0, section 5.5).
+const REQUEST_COMPLETE: u8 = 0;
+const CANT_MPX_CONN: u8 = 1;
+const OVERLOADED: u8 = 2;
+
+#[derive(Debug)]
+pub enum Stream {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+impl Stream {
+    fn poll_read(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Stream::Tcp(s) => Pin::new(s).poll_read(cx, buf),
+            Stream::Unix(s) => Pin::new(s).poll_read(cx, buf),
+        }
+    }
+
+    fn poll_write_vectored(&mut self, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        match self {
+            Stream::Tcp(s) => Pin::new(s).poll_write_vectored(cx, bufs),
+            Stream::Unix(s) => Pin::new(s).poll_write_vectored(cx, bufs),
+        }
+    }
+
+    fn try_read(&self, buf: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Stream::Tcp(s) => s.try_read(buf),
+            Stream::Unix(s) => s.try_read(buf),
+        }
+    }
+}
+
+/// A connection to one FPM worker, with its buffers, between requests or before the first.
+#[derive(Debug)]
+pub struct Conn {
+    stream: Stream,
+    input: BytesMut,
+    /// What is to be sent next; whoever starts an exchange writes the records here.
+    pub output: BytesMut,
+    /// Requests that have been started on it.
+    pub requests: u32,
+    pub opened: Instant,
+    /// When it last became idle.
+    pub idle_since: Instant,
+    /// How long connect() took: an upper bound of the round trip.
+    pub rtt: Duration,
+}
+
+impl Conn {
+    /// Connects within `limit`. Nothing has been sent, so every failure may be tried elsewhere.
+    pub async fn connect(address: &Address, limit: Duration) -> Result<Conn, Error> {
+        let started = Instant::now();
+        let connecting = async {
+            match address {
+                Address::Tcp(address) => {
+                    let stream = TcpStream::connect(address).await?;
+                    stream.set_nodelay(true)?;
+                    Ok::<_, io::Error>(Stream::Tcp(stream))
+                }
+                Address::Unix(path) => Ok(Stream::Unix(connect_unix(path).await?)),
+            }
+        };
+        let stream = match tokio::time::timeout(limit, connecting).await {
+            Ok(Ok(stream)) => stream,
+            Ok(Err(error)) => {
+                return Err(Error::new(Kind::ConnectFailed, format!("connect to {address}: {error}")).retry(Retry::Free));
+            }
+            Err(_) => {
+                return Err(
+                    Error::new(Kind::ConnectTimeout, format!("connect to {address}: no answer in {limit:?}")).retry(Retry::Free)
+                );
+            }
+        };
+        let now = Instant::now();
+        Ok(Conn {
+            stream,
+            input: BytesMut::new(),
+            output: BytesMut::with_capacity(2048),
+            requests: 0,
+            opened: now,
+            idle_since: now,
+            rtt: now - started,
+        })
+    }
+
+    /// Whether the worker behind an idle connection is still there: a read would block, so neither FIN nor a stray
+    /// byte has come. (FPM closes at `pm.max_requests` right after END_REQUEST.)
+    pub fn is_quiet(&self) -> bool {
+        let mut byte = [0u8; 1];
+        self.input.is_empty() && matches!(self.stream.try_read(&mut byte), Err(e) if e.kind() == io::ErrorKind::WouldBlock)
+    }
+
+    /// Whether a request that must not run twice may use this kept connection: it has been quiet for long enough for a FIN
+    /// to have come (FPM.md: 22 of 40 posts were lost by looking right away, none after a round trip).
+    pub fn is_settled(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.idle_since) >= Duration::from_millis(1).max(2 * self.rtt)
+    }
+}
+
+/// A unix socket whose backlog is full answers EAGAIN at once instead of waiting as TCP does; wait a little and try again.
+async fn connect_unix(path: &std::path::Path) -> io::Result<UnixStream> {
+    loop {
+        match UnixStream::connect(path).await {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => tokio::time::sleep(Duration::from_millis(2)).await,
+            other => return other,
+        }
+    }
+}
+
+/// More of a request body than fits in memory, read from elsewhere.
+pub trait StdinSource {
+    /// The next piece, at most 65,535 bytes; `None` at the end.
+    fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Option<Bytes>>>;
+}
+
+/// The request body as the exchange sends it.
+pub enum Stdin {
+    /// Nothing but the empty record that ends the stream. Also where the body is already in `Conn::output`.
+    Done,
+    Memory(Bytes),
+    Source(Box<dyn StdinSource>),
+}
+
+#[derive(Debug, PartialEq)]
+pub enum Event {
+    Stdout(Bytes),
+    Stderr(Bytes),
+    /// END_REQUEST with REQUEST_COMPLETE.
+    End,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Sending,
+    Sent,
+    Ended,
+    Failed,
+}
+
+pub struct Exchange {
+    conn: Conn,
+    state: State,
+    stdin: Stdin,
+    stdin_ended: bool,
+    chunk: Bytes,
+    decoder: Decoder,
+    read_size: usize,
+    wrote: bool,
+    read: bool,
+    /// A write failed; what FPM may have answered before is still read.
+    write_error: Option<io::Error>,
+}
+
+impl Exchange {
+    /// `conn.output` holds BEGIN_REQUEST, PARAMS and, for a small body, STDIN with its end (`stdin_ended`).
+    pub fn start(mut conn: Conn, stdin: Stdin, stdin_ended: bool) -> Self {
+        conn.requests = conn.requests.saturating_add(1);
+        Exchange {
+            conn,
+            state: State::Sending,
+            stdin,
+            stdin_ended,
+            chunk: Bytes::new(),
+            decoder: Decoder::default(),
+            read_size: READ_BYTES,
+            wrote: false,
+            read: false,
+            write_error: None,
+        }
+    }
+
+    /// What of the exchange has happened decides whether it may be done again.
+    fn fail(&mut self, kind: Kind, detail: String) -> Error {
+        self.state = State::Failed;
+        let retry = match (self.wrote, self.read) {
+            (false, _) => Retry::Free,
+            (true, false) => Retry::IfIdempotent,
+            (true, true) => Retry::Never,
+        };
+        Error::new(kind, detail).retry(retry)
+    }
+
+    /// The next thing FPM says. Sends at the same time: PHP may answer before it has read the whole body.
+    pub fn poll_event(&mut self, cx: &mut Context<'_>) -> Poll<Result<Event, Error>> {
+        if self.state == State::Sending
+            && self.write_error.is_none()
+            && let Poll::Ready(Err(error)) = self.poll_send(cx)
+        {
+            self.write_error = Some(error);
+        }
+        loop {
+            match self.decoder.decode(&mut self.conn.input) {
+                Ok(Some(frame)) => return Poll::Ready(self.on_frame(frame)),
+                Ok(None) => {}
+                Err(error) => return Poll::Ready(Err(self.fail(Kind::UpstreamProtocol, error.to_string()))),
+            }
+            match ready!(self.poll_fill(cx)) {
+                Ok(0) => {
+                    let detail = match &self.write_error {
+                        Some(error) => format!("writing the request: {error}"),
+                        None if self.read => "closed in the middle of its answer".to_owned(),
+                        None => "closed without an answer".to_owned(),
+                    };
+                    return Poll::Ready(Err(self.fail(Kind::UpstreamClosed, detail)));
+                }
+                Ok(_) => self.read = true,
+                Err(error) => return Poll::Ready(Err(self.fail(Kind::UpstreamClosed, format!("reading the answer: {error}")))),
+            }
+        }
+    }
+
+    pub async fn event(&mut self) -> Result<Event, Error> {
+        poll_fn(|cx| self.poll_event(cx)).await
+    }
+
+    fn on_frame(&mut self, frame: Frame) -> Result<Event, Error> {
+        match frame {
+            Frame::Stdout(bytes) => Ok(Event::Stdout(bytes)),
+            Frame::Stderr(bytes) => Ok(Event::Stderr(bytes)),
+            Frame::End { protocol_status: REQUEST_COMPLETE, .. } => {
+                self.state = if self.state == State::Sent && self.conn.input.is_empty() { State::Ended } else { State::Failed };
+                Ok(Event::End)
+            }
+            Frame::End { protocol_status, .. } => {
+                let what = match protocol_status {
+                    CANT_MPX_CONN => "CANT_MPX_CONN",
+                    OVERLOADED => "OVERLOADED",
+                    _ => "an unknown protocolStatus",
+                };
+                // It says itself that it has not run the request.
+                let mut error = self.fail(Kind::UpstreamOverloaded, format!("END_REQUEST with {what} ({protocol_status})"));
+                if matches!(protocol_status, CANT_MPX_CONN | OVERLOADED) {
+                    error.retry = Retry::Free;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Whether more has been read than the events so far told.
+    pub fn has_buffered(&self) -> bool {
+        !self.conn.input.is_empty()
+    }
+
+    /// Whether the whole request has been handed to the kernel.
+    pub fn is_sent(&self) -> bool {
+        self.state != State::Sending
+    }
+
+    /// The connection, fit for another request: END_REQUEST came, all was sent, and not a byte followed.
+    pub fn into_conn(mut self) -> Option<Conn> {
+        (self.state == State::Ended).then(|| {
+            self.conn.output.clear();
+            self.conn.idle_since = Instant::now();
+            self.conn
+        })
+    }
+
+    fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        self.conn.input.reserve(self.read_size);
+        let n = ready!(poll_read_into(&mut self.conn.stream, &mut self.conn.input, cx))?;
+        if n >= self.read_size {
+            self.read_size = READ_BYTES_LARGE;
+        }
+        Poll::Ready(Ok(n))
+    }
+
+    fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        loop {
+            while self.conn.output.has_remaining() || self.chunk.has_remaining() {
+                let slices = [io::IoSlice::new(&self.conn.output), io::IoSlice::new(&self.chunk)];
+                let n = ready!(self.conn.stream.poll_write_vectored(cx, &slices))?;
+                if n == 0 {
+                    return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+                }
+                self.wrote = true;
+                let head = n.min(self.conn.output.len());
+                self.conn.output.advance(head);
+                self.chunk.advance(n - head);
+            }
+            // An advanced BytesMut does not give its front back by itself; an empty one does.
+            self.conn.output.clear();
+            if self.stdin_ended {
+                self.state = State::Sent;
+                return Poll::Ready(Ok(()));
+            }
+            match ready!(self.poll_stdin(cx))? {
+                Some((length, chunk)) => {
+                    self.conn.output.extend_from_slice(&record::stdin_header(length));
+                    self.chunk = chunk;
+                }
+                None => {
+                    record::put_stdin_end(&mut self.conn.output);
+                    self.stdin_ended = true;
+                }
+            }
+        }
+    }
+
+    /// The next piece of the body with its length as the wire has it.
+    fn poll_stdin(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Option<(u16, Bytes)>>> {
+        let chunk = match &mut self.stdin {
+            Stdin::Done => None,
+            Stdin::Memory(bytes) if bytes.is_empty() => None,
+            Stdin::Memory(bytes) => Some(bytes.split_to(bytes.len().min(record::MAX_CONTENT))),
+            Stdin::Source(source) => ready!(source.poll_chunk(cx))?,
+        };
+        Poll::Ready(match chunk {
+            None => Ok(None),
+            Some(chunk) => match u16::try_from(chunk.len()) {
+                Ok(length) if length > 0 => Ok(Some((length, chunk))),
+                _ => Err(io::Error::other("a body source gave a piece that is empty or larger than a record")),
+            },
+        })
+    }
+}
+
+fn poll_read_into(stream: &mut Stream, buffer: &mut BytesMut, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+    // tokio-util's poll_read_buf over an enum: `read_buf` borrows the spare capacity without initialising it.
+    struct Reader<'a>(&'a mut Stream);
+    impl AsyncRead for Reader<'_> {
+        fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            self.get_mut().0.poll_read(cx, buf)
+        }
+    }
+    tokio_util::io::poll_read_buf(Pin::new(&mut Reader(stream)), cx, buffer)
+}

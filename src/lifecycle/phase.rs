@@ -1,0 +1,72 @@
+//! Starting, Running, LameDuck, Draining, Aborting, Exited (DESIGN.md, section 6).
+
+use std::sync::atomic::{AtomicU8, Ordering};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum Phase {
+    Starting,
+    Running,
+    /// The load balancer is told to go elsewhere; everything is still served.
+    LameDuck,
+    /// No new connections; what is in flight goes on.
+    Draining,
+    /// The grace period is nearly over: what is left is cut.
+    Aborting,
+    Exited,
+}
+
+impl Phase {
+    pub const ALL: [Phase; 6] =
+        [Phase::Starting, Phase::Running, Phase::LameDuck, Phase::Draining, Phase::Aborting, Phase::Exited];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Phase::Starting => "Starting",
+            Phase::Running => "Running",
+            Phase::LameDuck => "LameDuck",
+            Phase::Draining => "Draining",
+            Phase::Aborting => "Aborting",
+            Phase::Exited => "Exited",
+        }
+    }
+
+    /// From here on an HTTP/1 answer carries `Connection: close`.
+    pub fn is_leaving(self) -> bool {
+        self >= Phase::LameDuck
+    }
+}
+
+/// The phase as every thread sees it. It only ever moves forward.
+#[derive(Debug)]
+pub struct PhaseCell(AtomicU8);
+
+impl Default for PhaseCell {
+    fn default() -> Self {
+        PhaseCell(AtomicU8::new(Phase::Starting as u8))
+    }
+}
+
+impl PhaseCell {
+    pub fn get(&self) -> Phase {
+        Phase::ALL.get(usize::from(self.0.load(Ordering::Acquire))).copied().unwrap_or(Phase::Exited)
+    }
+
+    /// Moves on to `next`; false where the process is already there or further.
+    pub fn advance(&self, next: Phase) -> bool {
+        self.0.fetch_max(next as u8, Ordering::AcqRel) < next as u8
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_phase_never_goes_back() {
+        let cell = PhaseCell::default();
+        assert!(cell.advance(Phase::Draining));
+        assert!(!cell.advance(Phase::Running));
+        assert_eq!(cell.get(), Phase::Draining);
+    }
+}
