@@ -121,17 +121,27 @@ impl Conn {
         })
     }
 
-    /// Whether the worker behind an idle connection is still there: a read would block, so neither FIN nor a stray
-    /// byte has come. (FPM closes at `pm.max_requests` right after END_REQUEST.)
-    pub fn is_quiet(&self) -> bool {
+    /// Whether an idle connection looks alive by what the runtime has seen so far: no FIN, no stray byte. Costs no system call, so
+    /// it may miss what has just come: enough for a request that may be sent again.
+    pub fn looks_quiet(&self) -> bool {
         let mut byte = [0u8; 1];
         self.input.is_empty() && matches!(self.stream.try_read(&mut byte), Err(e) if e.kind() == io::ErrorKind::WouldBlock)
+    }
+
+    /// The same by asking the kernel. (FPM closes at `pm.max_requests` right after END_REQUEST.)
+    pub fn is_quiet(&self) -> bool {
+        let mut byte = [std::mem::MaybeUninit::uninit()];
+        let peeked = match &self.stream {
+            Stream::Tcp(s) => socket2::SockRef::from(s).peek(&mut byte),
+            Stream::Unix(s) => socket2::SockRef::from(s).peek(&mut byte),
+        };
+        self.input.is_empty() && matches!(peeked, Err(e) if e.kind() == io::ErrorKind::WouldBlock)
     }
 
     /// Whether a request that must not run twice may use this kept connection: it has been quiet for long enough for a FIN
     /// to have come (FPM.md: 22 of 40 posts were lost by looking right away, none after a round trip).
     pub fn is_settled(&self, now: Instant) -> bool {
-        now.saturating_duration_since(self.idle_since) >= Duration::from_millis(1).max(2 * self.rtt)
+        self.is_quiet() && now.saturating_duration_since(self.idle_since) >= Duration::from_millis(1).max(2 * self.rtt)
     }
 }
 

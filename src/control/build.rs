@@ -1,0 +1,148 @@
+//! (Config, what was there, who chose which set) -> the next Snapshot. Pure: nothing that is in force changes here.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+};
+
+use super::{config::Config, switch::Switch};
+use crate::{
+    model::{
+        Address,
+        upstream::{Balance, SetConfig},
+    },
+    upstream::{
+        Activation, Endpoint, Set, Snapshot, Upstream,
+        health::{Health, Probe},
+        snapshot::ActiveBy,
+    },
+};
+
+/// What a build needs besides the configuration.
+pub struct Before<'a> {
+    pub snapshot: Option<&'a Snapshot>,
+    pub switch: &'a Switch,
+    pub workers: usize,
+    /// Upstreams that are gone from the file while a request still holds a route to them.
+    pub retired: &'a BTreeSet<Arc<str>>,
+}
+
+/// The next snapshot, or why there can be none. Parts that did not change are shared with the one before.
+pub fn build(config: &Config, before: &Before<'_>) -> Result<Snapshot, String> {
+    let previous = before.snapshot;
+    let mut endpoints = Endpoints::new(previous, before.workers);
+    let mut told: BTreeMap<&Address, (u32, &str)> = BTreeMap::new();
+    let mut upstreams = BTreeMap::new();
+    for (name, from_file) in &config.upstreams {
+        let old = previous.and_then(|p| p.upstreams.get(name));
+        let (active, active_by) = before.switch.active(name, from_file, old.map(|o| &**o));
+        let hashed = matches!(from_file.policy.balance, Balance::HashAddress | Balance::HashCookie(_));
+        let mut sets = BTreeMap::new();
+        for set in &from_file.sets {
+            if let Some(workers) = from_file.policy.workers_per_endpoint {
+                for address in &set.endpoints {
+                    match told.insert(address, (workers, name)) {
+                        Some((other, by)) if other != workers => {
+                            return Err(format!(
+                                "endpoint {address}: upstream {by} tells workers_per_endpoint = {other}, upstream {name} tells {workers}; an endpoint has one capacity"
+                            ));
+                        }
+                        _ => {}
+                    }
+                }
+            }
+            let old_set = old.and_then(|o| o.sets.get(&set.name));
+            sets.insert(set.name.clone(), next_set(set, old_set, hashed, &mut endpoints));
+        }
+        let Some(active_set) = sets.get(&active).cloned() else {
+            return Err(format!("upstream {name}: the active set {active} is not there"));
+        };
+        let activation = match old {
+            Some(old) if old.activation.set == active => old.activation.clone(),
+            _ => Activation::new(active.clone()),
+        };
+        let policy = match old {
+            Some(old) if *old.policy == from_file.policy => old.policy.clone(),
+            _ => Arc::new(from_file.policy.clone()),
+        };
+        let queue = old.map_or_else(Arc::default, |o| o.queue.clone());
+        upstreams.insert(
+            name.clone(),
+            Arc::new(Upstream { name: name.clone(), policy, sets, active: active_set, active_by, activation, queue, retired: false }),
+        );
+    }
+    for name in before.retired {
+        if let Some(old) = previous.and_then(|p| p.upstreams.get(name))
+            && !upstreams.contains_key(name)
+        {
+            upstreams.insert(name.clone(), if old.retired { old.clone() } else { Arc::new(retire(old)) });
+        }
+    }
+    Ok(Snapshot {
+        generation: previous.map_or(1, |p| p.generation + 1),
+        config_hash: config.hash.as_str().into(),
+        settings: config.settings.clone(),
+        sites: config.sites.clone(),
+        upstreams,
+    })
+}
+
+fn retire(old: &Upstream) -> Upstream {
+    Upstream {
+        name: old.name.clone(),
+        policy: old.policy.clone(),
+        sets: old.sets.clone(),
+        active: old.active.clone(),
+        active_by: ActiveBy::clone(&old.active_by),
+        activation: old.activation.clone(),
+        queue: old.queue.clone(),
+        retired: true,
+    }
+}
+
+fn next_set(config: &SetConfig, old: Option<&Arc<Set>>, hashed: bool, endpoints: &mut Endpoints) -> Arc<Set> {
+    if let Some(old) = old
+        && old.config == *config
+        && old.ring.is_some() == hashed
+    {
+        return old.clone();
+    }
+    let asked = config.ping.is_some() || config.status_path.is_some();
+    let list = config.endpoints.iter().map(|address| endpoints.get(address, asked)).collect();
+    Arc::new(Set::new(config.clone(), list, hashed))
+}
+
+/// Endpoints outlive snapshots and are known by address.
+struct Endpoints {
+    known: HashMap<Address, Arc<Endpoint>>,
+    next_id: u64,
+    workers: usize,
+}
+
+impl Endpoints {
+    fn new(previous: Option<&Snapshot>, workers: usize) -> Self {
+        let known: HashMap<_, _> = previous
+            .iter()
+            .flat_map(|p| p.upstreams.values())
+            .flat_map(|u| u.sets.values())
+            .flat_map(|s| s.endpoints.iter())
+            .map(|e| (e.address.clone(), e.clone()))
+            .collect();
+        let next_id = known.values().map(|e| e.id).max().unwrap_or(0) + 1;
+        Endpoints { known, next_id, workers }
+    }
+
+    fn get(&mut self, address: &Address, asked: bool) -> Arc<Endpoint> {
+        if let Some(known) = self.known.get(address) {
+            return known.clone();
+        }
+        let endpoint = Arc::new(Endpoint::new(self.next_id, address.clone(), self.workers));
+        if asked {
+            // Nobody sees it yet: this is not a change of anything in force.
+            endpoint.update_health(0, |health| *health = Health { probe: Probe::Pending, ..Health::default() });
+        }
+        self.next_id += 1;
+        self.known.insert(address.clone(), endpoint.clone());
+        endpoint
+    }
+}

@@ -1,0 +1,340 @@
+//! `[[site.route]]`, and the same keys at the site's level, which are the default for its routes.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use http::Method;
+use regex::Regex;
+
+use super::{
+    document::{Kind, Place},
+    reader::{Reader, Value, nearest},
+    sites::Around,
+    upstreams::warn_of_cuts,
+};
+use crate::model::{
+    Route,
+    site::{Files, Pattern},
+};
+
+/// The parameters that say what runs and how much there is to read. They follow from the request and from `root`,
+/// `php_root` and `script`; HTTP_PROXY is never set at all (httpoxy, CVE-2016-5385).
+const RESERVED: [&str; 11] = [
+    "SCRIPT_FILENAME",
+    "SCRIPT_NAME",
+    "DOCUMENT_ROOT",
+    "DOCUMENT_URI",
+    "REQUEST_URI",
+    "REQUEST_METHOD",
+    "PATH_INFO",
+    "QUERY_STRING",
+    "CONTENT_LENGTH",
+    "REDIRECT_STATUS",
+    "HTTP_PROXY",
+];
+
+/// The keys that a site and a route share.
+pub struct Keys {
+    upstream: Option<Arc<str>>,
+    files: Files,
+    try_files: Option<Vec<String>>,
+    script: Option<String>,
+    body_limit: u64,
+    read_timeout: Option<Duration>,
+    params: Vec<(String, String)>,
+    access_log: bool,
+}
+
+impl Keys {
+    pub fn standard() -> Self {
+        Keys {
+            upstream: None,
+            files: Files::OrFront,
+            try_files: None,
+            script: None,
+            body_limit: 8 << 20,
+            read_timeout: None,
+            params: Vec::new(),
+            access_log: true,
+        }
+    }
+
+    /// `tried` gets what `try_files` ends in here: the site knows later what may run.
+    pub fn read(t: &mut Reader<'_>, above: &Keys, around: &Around<'_>, tried: &mut Vec<Tried>) -> Self {
+        let keys = Keys {
+            upstream: t.read("upstream", above.upstream.clone(), |v| upstream(v, around)),
+            files: t
+                .read("files", above.files, |v| v.one_of(&[("or-front", Files::OrFront), ("or-404", Files::Or404)])),
+            try_files: t.read("try_files", above.try_files.clone(), |v| try_files(v).map(Some)),
+            script: t.read("script", above.script.clone(), script),
+            body_limit: t.read("body_limit", above.body_limit, |v| match v.node.kind {
+                Kind::Text(ref word) if word == "unlimited" => Some(u64::MAX),
+                _ => v.size(0, u64::MAX),
+            }),
+            read_timeout: t.read("read_timeout", above.read_timeout, |v| v.timeout().map(Some)),
+            params: t.read("params", above.params.clone(), |v| params(v, &above.params)),
+            access_log: t.read("access_log", above.access_log, |v| v.one_of(&[("on", true), ("off", false)])),
+        };
+        if let Some(read_timeout) = keys.read_timeout
+            && t.has("read_timeout")
+        {
+            warn_of_cuts(t, "read_timeout", read_timeout, around.drain);
+        }
+        if let Some(last) = keys.try_files.as_ref().and_then(|files| files.last())
+            && t.has("try_files")
+            && keys.upstream.is_some()
+            && last.starts_with('/')
+        {
+            let path = last.split(['?', '$']).next().unwrap_or_default();
+            tried.push(Tried { at: t.place("try_files"), last: path.to_owned() });
+        }
+        keys
+    }
+
+    pub fn route(&self, path: String, pattern: Pattern, methods: Vec<Method>) -> Route {
+        Route {
+            path,
+            pattern,
+            methods,
+            upstream: self.upstream.clone(),
+            files: self.files,
+            try_files: self.try_files.clone(),
+            script: self.script.clone(),
+            body_limit: self.body_limit,
+            read_timeout: self.read_timeout,
+            params: self.params.clone(),
+            access_log: self.access_log,
+        }
+    }
+}
+
+/// The path that a `try_files` ends in where there is PHP, and its place.
+pub struct Tried {
+    pub at: Place,
+    pub last: String,
+}
+
+/// Exact paths apart; prefixes and expressions in the file's order.
+#[derive(Default)]
+pub struct Routes {
+    pub exact: HashMap<String, Vec<Arc<Route>>>,
+    pub ordered: Vec<Arc<Route>>,
+}
+
+pub fn read(t: &mut Reader<'_>, site: &Keys, around: &Around<'_>, tried: &mut Vec<Tried>) -> Routes {
+    let mut routes = Routes::default();
+    let mut seen: HashMap<String, Vec<(Vec<Method>, Place)>> = HashMap::new();
+    for mut route in t.sections("route", "route") {
+        let path = match route.ask("path") {
+            Some(value) => pattern(&value),
+            None => {
+                let help = "write path = \"/exact\", \"/prefix/*\" or '~expression'".to_owned();
+                route.report.problem(route.at, "a route without `path`", Some(help));
+                None
+            }
+        };
+        let methods = methods(route.section("when", "when"));
+        let keys = Keys::read(&mut route, site, around, tried);
+        if let Some((path, pattern)) = path {
+            let earlier = seen.entry(path.clone()).or_default();
+            let covers =
+                |old: &Vec<Method>| old.is_empty() || (!methods.is_empty() && methods.iter().all(|m| old.contains(m)));
+            if let Some((_, first)) = earlier.iter().find(|(old, _)| covers(old)) {
+                let message = format!(
+                    "the route `{path}` is never reached: the one at {} takes all its requests",
+                    route.report.place(*first)
+                );
+                route.report.warn(route.place("path"), message);
+            }
+            earlier.push((methods.clone(), route.place("path")));
+            let is_exact = matches!(pattern, Pattern::Exact(_));
+            let made = Arc::new(keys.route(path.clone(), pattern, methods));
+            match is_exact {
+                true => routes.exact.entry(path).or_default().push(made),
+                false => routes.ordered.push(made),
+            }
+        }
+        route.finish();
+    }
+    routes
+}
+
+fn pattern(v: &Value<'_>) -> Option<(String, Pattern)> {
+    let text = v.text()?;
+    if let Some(expression) = text.strip_prefix('~') {
+        return match Regex::new(expression) {
+            Ok(regex) => Some((text.to_owned(), Pattern::Regex(regex))),
+            Err(error) => {
+                let help = match expression.strip_prefix('*') {
+                    Some(rest) => format!("for a match in either case write '~(?i){}'", rest.trim_start()),
+                    None => {
+                        "expressions are those of Rust's regex crate: no look-around, no back-references".to_owned()
+                    }
+                };
+                v.refuse(format!("{text:?} is not an expression: {}", summary(&error)), help)
+            }
+        };
+    }
+    if !text.starts_with('/') {
+        let help = match text {
+            "" | "*" => "write \"/*\" for every path".to_owned(),
+            _ if text.starts_with("*.") => format!("for an ending write '~\\.{}$'", regex::escape(&text[2..])),
+            _ => format!("write \"/{text}\", or '~…' for an expression"),
+        };
+        return v.refuse(format!("{text:?} does not begin with a slash"), help);
+    }
+    let path = v.url_path()?;
+    let (pattern, literal) = match path.strip_suffix('*') {
+        Some(prefix) => (Pattern::Prefix(prefix.to_owned()), prefix),
+        None => (Pattern::Exact(path.to_owned()), path),
+    };
+    if literal.contains('*') {
+        let expression = regex::escape(path).replace("\\*", "[^/]*");
+        return v.refuse(
+            format!("{path:?} has a * before its end"),
+            format!("only a closing * is a prefix; write '~^{expression}$'"),
+        );
+    }
+    Some((path.to_owned(), pattern))
+}
+
+/// The crate's message is a drawing of several lines; its last says what is wrong, its caret where.
+fn summary(error: &regex::Error) -> String {
+    let text = error.to_string();
+    let what = text.lines().last().unwrap_or_default().trim().trim_start_matches("error: ").to_owned();
+    // The drawing is indented by four; an expression of several lines is drawn otherwise, without a caret of its own line.
+    let caret =
+        text.lines().find(|line| line.trim_start().starts_with('^')).and_then(|line| line.find('^')?.checked_sub(4));
+    match caret {
+        Some(before) => format!("{what}, at its character {}", before + 1),
+        None => what,
+    }
+}
+
+fn methods(mut t: Reader<'_>) -> Vec<Method> {
+    let methods = t.read("method", Vec::new(), |v| {
+        v.list(|v| {
+            let text = v.filled_text()?;
+            let upper = text.to_ascii_uppercase();
+            match Method::from_bytes(text.as_bytes()) {
+                // Methods are case-sensitive (RFC 9110 section 9.1): "get" would match nothing that is ever sent.
+                Ok(_) if upper != text => {
+                    v.refuse(format!("{text:?} is not in capitals"), format!("write \"{upper}\""))
+                }
+                Ok(method) => Some(method),
+                Err(_) => v.refuse(
+                    format!("{text:?} is not a method"),
+                    "write \"GET\", \"POST\" or another of HTTP's methods",
+                ),
+            }
+        })
+    });
+    t.finish();
+    methods
+}
+
+fn upstream(v: &Value<'_>, around: &Around<'_>) -> Option<Option<Arc<str>>> {
+    let text = v.text()?;
+    if text.is_empty() {
+        return Some(None);
+    }
+    if let Some((name, _)) = around.upstreams.get_key_value(text) {
+        return Some(Some(name.clone()));
+    }
+    let help = match nearest(text, around.upstreams.keys().map(|name| &**name)) {
+        Some(near) => format!("did you mean \"{near}\"?"),
+        None => format!("add [upstream.{text}.set.blue] with its endpoints"),
+    };
+    v.refuse(format!("there is no upstream {text:?}"), help)
+}
+
+/// The last item is special, as in Nginx: it answers without being looked for, and may have a query or be `=CODE`.
+fn try_files(v: &Value<'_>) -> Option<Vec<String>> {
+    let Kind::List(items) = &v.node.kind else { return v.list(Value::text).map(|_| Vec::new()) };
+    if items.is_empty() {
+        return v.refuse("the list is empty", "write [\"$uri\", \"$uri/\", \"/index.php\"], or leave the key out");
+    }
+    let mut left = items.len();
+    v.list(|v| {
+        left -= 1;
+        let text = v.filled_text()?;
+        try_file(v, text, left == 0).then(|| text.to_owned())
+    })
+}
+
+fn try_file(v: &Value<'_>, text: &str, is_last: bool) -> bool {
+    let wrong = |why: &str, help: &str| v.refuse::<()>(format!("{text:?} {why}"), help).is_some();
+    if let Some(code) = text.strip_prefix('=') {
+        return match code.parse::<u16>() {
+            _ if !is_last => wrong("is not the last", "an answer by code ends the list"),
+            Ok(200..=599) => true,
+            _ => wrong("is not a status", "write \"=404\", or another code from 200 to 599"),
+        };
+    }
+    if text.starts_with('@') {
+        return wrong("is a named location, of which there are none", "write the script's path, as in \"/index.php\"");
+    }
+    if !text.starts_with('/') && !text.starts_with("$uri") {
+        return wrong("does not begin with $uri or a slash", &format!("write \"/{}\"", text.trim_start_matches('$')));
+    }
+    let (path, query) = text.split_at(text.find('?').unwrap_or(text.len()));
+    let is_looked_for = !is_last || path.contains("$uri");
+    if is_looked_for {
+        return match path.replace("$uri", "").contains('$') {
+            true => wrong("has a variable other than $uri", "a file is named by $uri and plain text"),
+            false if !query.is_empty() => wrong("has a query", &format!("write \"{path}\": a file has none")),
+            false => true,
+        };
+    }
+    let tail = text.get(text.find(['?', '$']).unwrap_or(text.len())..).unwrap_or_default();
+    if !tail.is_empty() && !tail.starts_with('?') && !tail.starts_with("$is_args") {
+        return wrong("has a variable in its path", "only $uri may stand there");
+    }
+    let unknown = tail.strip_prefix("$is_args").unwrap_or(tail).split('$').skip(1).find(|rest| {
+        let length = rest.bytes().take_while(|b| b.is_ascii_alphanumeric() || *b == b'_').count();
+        !["args", "query_string", "uri"].contains(&&rest[..length])
+    });
+    match unknown {
+        Some(_) => wrong("has an unknown variable in its query", "known are $args, $query_string and $uri"),
+        None => true,
+    }
+}
+
+fn script(v: &Value<'_>) -> Option<Option<String>> {
+    let path = v.url_path_or_none()?;
+    match &path {
+        Some(text) if text.contains('*') => v.refuse(format!("{text:?} is a pattern"), "write the path of one script"),
+        Some(text) if text.ends_with('/') => v.refuse(format!("{text:?} is a folder"), "write the path of one script"),
+        Some(text) if text.split('/').any(|part| part == "..") => {
+            v.refuse(format!("{text:?} has a `..` in it"), "write the path without it")
+        }
+        _ => Some(path),
+    }
+}
+
+/// The site's params and this route's: a name that both have takes the route's value.
+fn params(v: &Value<'_>, above: &[(String, String)]) -> Option<Vec<(String, String)>> {
+    let mut all = above.to_vec();
+    for (name, at, value) in v.entries()? {
+        let first = name.bytes().next().unwrap_or_default();
+        let fine =
+            name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_') && !first.is_ascii_digit() && !name.is_empty();
+        if !fine {
+            let help = "a parameter's name is of letters, digits and `_`, as in APP_ENV".to_owned();
+            v.report.problem(at, format!("`{}`: {name:?} is not a parameter's name", v.path), Some(help));
+        }
+        if RESERVED.contains(&name) {
+            let help = "it follows from the request and from `root`, `php_root` and `script`".to_owned();
+            v.report.problem(at, format!("`{}`: {name} cannot be set", v.path), Some(help));
+        }
+        let Some(text) = value.text() else { continue };
+        // A pair that does not fit into one FastCGI record cannot be sent (FPM.md).
+        if name.len() + text.len() > 65_535 - 8 {
+            value.refuse::<()>("is longer than a FastCGI record", "shorten it to less than 64 KiB");
+        }
+        match all.iter_mut().find(|(other, _)| other == name) {
+            Some((_, old)) => text.clone_into(old),
+            None => all.push((name.to_owned(), text.to_owned())),
+        }
+    }
+    Some(all)
+}

@@ -1,0 +1,270 @@
+//! The process-wide tables: the top of the file, `[listen]`, `[buffer]`, `[log]`, `[drain]`.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use super::{
+    Folder,
+    document::{Kind, Place},
+    reader::{Reader, Value},
+    unit,
+};
+use crate::{
+    control::template,
+    model::settings::{AccessFormat, Buffer, Drain, Listen, Log, LogFormat, ReloadMode, Settings},
+};
+
+/// `drain.grace` where the file does not have it: the same placeholder as in the pod's spec.
+pub const DEFAULT_GRACE: &str = "{{GRACE:-30}}s";
+
+/// The folder that bodies spill into, as warnings name it.
+pub const SPILL: &str = "buffer.dir";
+
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+
+pub fn read(top: &mut Reader<'_>, env: &dyn Fn(&str) -> Option<String>, folders: &mut Vec<Folder>) -> Settings {
+    let settings = Settings {
+        workers: top.read("workers", None, |v| v.count_or("auto", 1, 1024).map(as_usize)),
+        reload: top.read("reload", ReloadMode::Signal, |v| {
+            v.one_of(&[("signal", ReloadMode::Signal), ("watch", ReloadMode::Watch)])
+        }),
+        state: top.read("state", None, path_or_none),
+        listen: listen(top.section("listen", "listen")),
+        buffer: buffer(top.section("buffer", "buffer"), folders),
+        log: log(top.section("log", "log")),
+        drain: drain(top.section("drain", "drain"), env),
+    };
+    // Whoever uses it needs it read already, in `config::parse`: it says which files there are.
+    top.ask("include");
+    settings
+}
+
+fn listen(mut t: Reader<'_>) -> Listen {
+    let mut bound: Vec<(SocketAddr, Place, &str)> = Vec::new();
+    let mut claim = |v: &Value<'_>, address: SocketAddr, key: &'static str| match bound
+        .iter()
+        .find(|(other, ..)| collide(*other, address))
+    {
+        Some((other, at, whose)) => {
+            let first = format!("`listen.{whose}` has \"{other}\" at {}", v.report.place(*at));
+            v.refuse(format!("\"{address}\" is taken already"), first)
+        }
+        None => {
+            bound.push((address, v.node.at, key));
+            Some(address)
+        }
+    };
+    let http = t.read("http", vec![SocketAddr::from(([0, 0, 0, 0], 8080))], |v| {
+        let list = v.list(|v| socket(v).and_then(|address| claim(v, address, "http")))?;
+        if let Kind::List(items) = &v.node.kind
+            && items.is_empty()
+        {
+            return v.refuse("without an address nothing is served", "write [\"0.0.0.0:8080\"]");
+        }
+        Some(list)
+    });
+    let ops = t.read("ops", Some(SocketAddr::from(([0, 0, 0, 0], 9901))), |v| match v.text()? {
+        "off" => Some(None),
+        "" => v.refuse("is empty", "write \"off\" for none"),
+        _ => socket(v).and_then(|address| claim(v, address, "ops")).map(Some),
+    });
+    t.read("https", (), |v| match &v.node.kind {
+        Kind::List(items) if items.is_empty() => Some(()),
+        _ => v.wrong("`https` is not supported by this version yet", None),
+    });
+    t.read("proxy_protocol", (), |v| match v.text()? {
+        "off" => Some(()),
+        "required" => v.wrong("`proxy_protocol` is not supported by this version yet", "write \"off\"".to_owned()),
+        other => v.refuse(format!("{other:?} is not known"), "write \"off\""),
+    });
+    let listen = Listen {
+        http,
+        ops,
+        ops_allow: t.read("ops_allow", loopback(), |v| v.list(Value::network)),
+        admin: t.read("admin", PathBuf::from("/run/slackwater/admin.sock"), |v| {
+            let text = v.filled_text()?;
+            if let Some(path) = text.strip_prefix("unix:") {
+                return v.refuse("is always a unix socket", format!("write \"{path}\""));
+            }
+            // sun_path holds 108 bytes with the closing NUL (unix(7)).
+            if text.len() > 107 {
+                return v.refuse("the path of a unix socket is longer than 107 bytes", "choose a shorter one");
+            }
+            Some(PathBuf::from(text))
+        }),
+        health_path: t.read("health_path", String::new(), |v| v.url_path_or_none().map(Option::unwrap_or_default)),
+        trusted_proxies: t.read("trusted_proxies", Vec::new(), |v| v.list(Value::network)),
+        idle_timeout: t.read("idle_timeout", Duration::from_secs(75), Value::timeout),
+        header_timeout: t.read("header_timeout", Duration::from_secs(10), Value::timeout),
+        // http::Uri holds no more than 65,534 bytes, and FPM no parameter above 65,535.
+        max_uri_bytes: t.read("max_uri_bytes", 16 << 10, |v| v.bytes(64, 64 * KIB)),
+        // hyper panics on a read buffer below 8 KiB.
+        max_header_bytes: t.read("max_header_bytes", 64 << 10, |v| v.bytes(8 * KIB, 16 * MIB)),
+        stall_timeout: t.read("stall_timeout", Duration::from_secs(30), Value::timeout),
+        min_rate: t.read("min_rate", KIB, |v| v.size(0, u64::MAX)),
+        max_connections: t.read("max_connections", None, |v| v.count_or("auto", 1, 100_000_000).map(as_usize)),
+        max_connections_per_address: t
+            .read("max_connections_per_address", None, |v| v.count_or("unlimited", 1, 100_000_000).map(as_usize)),
+        max_requests_per_connection: t
+            .read("max_requests_per_connection", None, |v| v.count_or("unlimited", 1, u64::MAX)),
+    };
+    if listen.max_uri_bytes > listen.max_header_bytes {
+        let message = "`listen.max_uri_bytes` is above `listen.max_header_bytes`, which counts the request line too and so comes first";
+        t.report.warn(t.place("max_uri_bytes").max(t.place("max_header_bytes")), message);
+    }
+    t.finish();
+    listen
+}
+
+fn loopback() -> Vec<ipnet::IpNet> {
+    let v4 = ipnet::Ipv4Net::new_assert(std::net::Ipv4Addr::new(127, 0, 0, 0), 8);
+    vec![v4.into(), ipnet::IpNet::from(std::net::IpAddr::V6(std::net::Ipv6Addr::LOCALHOST))]
+}
+
+fn socket(v: &Value<'_>) -> Option<SocketAddr> {
+    let text = v.text()?;
+    match text.parse() {
+        Ok(address) => Some(address),
+        Err(_) => {
+            let help = match text.strip_prefix(':').unwrap_or(text).parse::<u16>() {
+                Ok(port) => format!("write \"0.0.0.0:{port}\""),
+                Err(_) => "write an address and a port, as in \"0.0.0.0:8080\" or \"[::]:8080\"".to_owned(),
+            };
+            v.refuse(format!("{text:?} is not an address to listen on"), help)
+        }
+    }
+}
+
+/// Whether the second bind() would fail. Port 0 is a new port each time; `[::]` beside `0.0.0.0` depends on the socket.
+fn collide(a: SocketAddr, b: SocketAddr) -> bool {
+    let same_family = a.is_ipv4() == b.is_ipv4();
+    let same_ip = a.ip() == b.ip() || a.ip().is_unspecified() || b.ip().is_unspecified();
+    a.port() == b.port() && a.port() != 0 && same_family && same_ip
+}
+
+fn buffer(mut t: Reader<'_>, folders: &mut Vec<Folder>) -> Buffer {
+    let before = t.report.count();
+    let buffer = Buffer {
+        memory: t.read("memory", 64 << 10, |v| v.bytes(KIB, 1024 * MIB)),
+        total: t.read("total", 256 * MIB, |v| v.size(KIB, u64::MAX)),
+        dir: t.read("dir", PathBuf::from("/var/tmp"), |v| match v.folder()? {
+            Some(dir) => Some(PathBuf::from(dir)),
+            None => v.refuse("is empty", "write a folder, or disk = \"0B\" to spill nothing"),
+        }),
+        disk: t.read("disk", 4096 * MIB, |v| v.size(0, u64::MAX)),
+    };
+    folders.push(Folder::new(t.report, t.place("dir"), SPILL, &buffer.dir));
+    // Only real values are compared: a default that stands in for a wrong one would be blamed on the user.
+    if t.report.count() == before && u64::try_from(buffer.memory).is_ok_and(|memory| memory > buffer.total) {
+        let help = "raise `total`, or lower `memory`".to_owned();
+        let message = format!(
+            "`buffer.memory` of one body ({}) is above `buffer.total` of all ({})",
+            unit::show_size(buffer.memory as u64),
+            unit::show_size(buffer.total)
+        );
+        t.report.problem(t.place("memory").max(t.place("total")), message, Some(help));
+    }
+    t.finish();
+    buffer
+}
+
+fn log(mut t: Reader<'_>) -> Log {
+    let log = Log {
+        format: t.read("format", LogFormat::Auto, |v| {
+            v.one_of(&[("auto", LogFormat::Auto), ("text", LogFormat::Text), ("json", LogFormat::Json)])
+        }),
+        level: t.read("level", "info".to_owned(), level),
+        access: t.read("access", AccessFormat::Json, |v| {
+            if v.text()?.contains('$') {
+                let message = "`access` as a format string is not supported by this version yet";
+                return v.wrong(message, "write \"json\", \"combined\" or \"off\"".to_owned());
+            }
+            v.one_of(&[("json", AccessFormat::Json), ("combined", AccessFormat::Combined), ("off", AccessFormat::Off)])
+        }),
+        access_file: t.read("access_file", "stdout".to_owned(), |v| {
+            let text = v.filled_text()?;
+            if text != "stdout" && text != "stderr" && !text.starts_with('/') {
+                return v.refuse(format!("{text:?} is not known"), "write \"stdout\", \"stderr\" or an absolute path");
+            }
+            Some(text.to_owned())
+        }),
+    };
+    t.finish();
+    log
+}
+
+/// `EnvFilter` takes a bare word that is no level for the name of a module, and then says nothing more at all.
+fn level(v: &Value<'_>) -> Option<String> {
+    const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+    let text = v.filled_text()?;
+    if !text.contains('[') {
+        for directive in text.split(',') {
+            let level = directive.rsplit('=').next().unwrap_or(directive).trim();
+            if !LEVELS.iter().any(|known| known.eq_ignore_ascii_case(level)) {
+                let help =
+                    "write error, warn, info, debug, trace or off, or by module: \"info,slackwater::upstream=debug\"";
+                return v.refuse(format!("{level:?} is not a level"), help);
+            }
+        }
+    }
+    Some(text.to_owned())
+}
+
+fn drain(mut t: Reader<'_>, env: &dyn Fn(&str) -> Option<String>) -> Drain {
+    let before = t.report.count();
+    let standard = default_grace(env);
+    let grace = match t.ask("grace") {
+        Some(value) => value.timeout().unwrap_or(Duration::from_secs(30)),
+        None => match standard.as_deref().map(unit::parse_duration) {
+            Some(Some(grace)) if !grace.is_zero() => grace,
+            _ => {
+                let value = env("GRACE").unwrap_or_default();
+                let help =
+                    "GRACE is a number of seconds above 0, as the pod's terminationGracePeriodSeconds".to_owned();
+                let message =
+                    format!("`drain.grace` is not in the file, and GRACE={value:?} of the environment is no duration");
+                t.report.problem(t.at, message, Some(help));
+                Duration::from_secs(30)
+            }
+        },
+    };
+    let drain = Drain {
+        grace,
+        lame_duck: t.read("lame_duck", Duration::from_secs(10), Value::duration),
+        health_fail_delay: t.read("health_fail_delay", Duration::ZERO, Value::duration),
+        quiet: t.read("quiet", Duration::from_secs(2), Value::duration),
+        margin: t.read("margin", Duration::from_secs(2), Value::duration),
+        receipt: t.read("receipt", None, path_or_none),
+    };
+    if t.report.count() == before && drain.lame_duck + drain.margin > drain.grace {
+        let at = t.place("grace").max(t.place("lame_duck")).max(t.place("margin"));
+        let message = format!(
+            "`drain.lame_duck` ({}) and `drain.margin` ({}) together are longer than `drain.grace` ({})",
+            unit::show_duration(drain.lame_duck),
+            unit::show_duration(drain.margin),
+            unit::show_duration(drain.grace)
+        );
+        let help = "raise grace with the pod's terminationGracePeriodSeconds, or shorten lame_duck".to_owned();
+        t.report.problem(at, message, Some(help));
+    }
+    if drain.health_fail_delay > drain.lame_duck {
+        let message =
+            "`drain.health_fail_delay` is longer than `drain.lame_duck`: health never fails while requests still come";
+        t.report.warn(t.place("health_fail_delay").max(t.place("lame_duck")), message);
+    }
+    t.finish();
+    drain
+}
+
+/// `None` where GRACE cannot be put into a file either.
+pub fn default_grace(env: &dyn Fn(&str) -> Option<String>) -> Option<String> {
+    template::fill_config(DEFAULT_GRACE, env).ok().map(|filled| filled.text)
+}
+
+fn path_or_none(v: &Value<'_>) -> Option<Option<PathBuf>> {
+    v.text().map(|text| (!text.is_empty()).then(|| PathBuf::from(text)))
+}
+
+fn as_usize(count: Option<u64>) -> Option<usize> {
+    count.and_then(|count| usize::try_from(count).ok())
+}

@@ -1,0 +1,74 @@
+//! Which set is active: an operator's swap, else the file; and the state file that lets a swap survive a restart.
+//!
+//! A reload does not undo an operator's swap unless `active` itself has changed in the file since.
+
+use std::{collections::BTreeMap, fs, io, io::Write, path::Path, sync::Arc};
+
+use serde::{Deserialize, Serialize};
+
+use super::config::UpstreamConfig;
+use crate::upstream::{Upstream, snapshot::ActiveBy};
+
+/// An operator's choice, and what the file said when it was made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Choice {
+    pub set: String,
+    pub by: String,
+    pub file_active: String,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Switch {
+    pub upstreams: BTreeMap<String, Choice>,
+}
+
+impl Switch {
+    /// A missing file is an empty one; a broken one is an error.
+    pub fn load(path: &Path) -> io::Result<Switch> {
+        match fs::read(path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Switch::default()),
+            Err(e) => Err(e),
+            Ok(bytes) => serde_json::from_slice(&bytes).map_err(io::Error::other),
+        }
+    }
+
+    /// Whole or not at all: a SIGKILL in between leaves what was there.
+    pub fn save(&self, path: &Path) -> io::Result<()> {
+        let folder = path.parent().unwrap_or(Path::new("/"));
+        let temporary = path.with_extension("new");
+        let mut file = fs::File::create(&temporary)?;
+        file.write_all(&serde_json::to_vec_pretty(self).map_err(io::Error::other)?)?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)?;
+        fs::File::open(folder)?.sync_all()
+    }
+
+    /// The set that is to be active, and by whom. `old` keeps nothing alive: the choices do.
+    pub fn active(&self, name: &str, file: &UpstreamConfig, old: Option<&Upstream>) -> (Arc<str>, ActiveBy) {
+        if let Some(choice) = self.upstreams.get(name)
+            && choice.file_active == *file.active
+            && let Some(set) = file.sets.iter().find(|s| *s.name == *choice.set)
+        {
+            return (set.name.clone(), ActiveBy::Operator(choice.by.clone()));
+        }
+        // The same Arc where nothing changed.
+        let active = old.map(|o| o.active.name()).filter(|a| ***a == *file.active).unwrap_or(&file.active);
+        (active.clone(), ActiveBy::File)
+    }
+
+    pub fn choose(&mut self, name: &str, set: &str, by: &str, file: &UpstreamConfig) {
+        self.upstreams.insert(
+            name.to_owned(),
+            Choice { set: set.to_owned(), by: by.to_owned(), file_active: file.active.to_string() },
+        );
+    }
+
+    /// Choices that the file has overruled, and those of upstreams that are gone, are forgotten.
+    pub fn prune(&mut self, upstreams: &BTreeMap<Arc<str>, UpstreamConfig>) {
+        self.upstreams.retain(|name, choice| {
+            upstreams
+                .get(name.as_str())
+                .is_some_and(|u| *u.active == *choice.file_active && u.sets.iter().any(|s| *s.name == *choice.set))
+        });
+    }
+}

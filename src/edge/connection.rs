@@ -1,0 +1,351 @@
+//! One hyper connection: its deadlines, its drain, and what hyper refuses by itself.
+
+use std::{
+    cell::Cell,
+    convert::Infallible,
+    future::Future,
+    pin::Pin,
+    rc::Rc,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use http::{HeaderValue, Request, Response, Version, header};
+use http_body::{Body, Frame, SizeHint};
+use hyper::{body::Incoming, server::conn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{io::AsyncWriteExt, net::TcpStream, time::Instant};
+use tower::Service;
+
+use super::{
+    io::{Io, Progress, Stage},
+    registry::Registry,
+    sniff::{self, Protocol},
+};
+use crate::{
+    error::{Error, Kind},
+    lifecycle::{Phase, PhaseCell},
+    model::{Peer, Settings},
+};
+
+/// h2 resets what goes beyond; its own default is 200.
+const MAX_STREAMS: u32 = 128;
+const H2_PING_EVERY: Duration = Duration::from_secs(20);
+const H2_PING_TIMEOUT: Duration = Duration::from_secs(20);
+/// hyper's floor for its read buffer.
+const MIN_BUFFER: usize = 8 * 1024;
+const MAX_HEADERS: usize = 256;
+const NEVER: Duration = Duration::from_secs(365 * 24 * 3600);
+
+/// What every connection of a worker shares.
+pub struct Shared {
+    pub phase: Arc<PhaseCell>,
+    pub registry: Rc<Registry>,
+    pub settings: Box<dyn Fn() -> Arc<Settings>>,
+    /// Told of each request that was refused before it reached the service.
+    pub refused: Box<dyn Fn(&Peer, &Error)>,
+}
+
+/// Serves one accepted connection to its end.
+pub async fn serve<S, B>(context: Rc<Shared>, stream: TcpStream, peer: Peer, service: S)
+where
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Clone + 'static,
+    S::Future: 'static,
+    B: Body + 'static,
+    B::Data: 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let settings = (context.settings)();
+    let progress = Progress::new(settings.listen.max_uri_bytes);
+    let _entry = context.registry.add(progress.clone());
+    let mut io = Io::new(stream, progress.clone());
+
+    let protocol = {
+        let sniffing = sniff::sniff(&mut io);
+        tokio::pin!(sniffing);
+        // An idle client that has sent nothing yet has idle_timeout; one that has begun, header_timeout.
+        match under_deadlines(&context, &settings, &progress, |cx| sniffing.as_mut().poll(cx)).await {
+            Ok(Ok(Some(protocol))) => protocol,
+            Ok(_) => return,
+            Err(end) => return finish(&context, &peer, &progress, end, io).await,
+        }
+    };
+
+    let service = {
+        let (context, settings, progress) = (context.clone(), settings.clone(), progress.clone());
+        hyper::service::service_fn(move |request: Request<Incoming>| {
+            let started = Started::new(progress.clone(), !request.body().is_end_stream());
+            let version = request.version();
+            let mut service = service.clone();
+            let last = settings.listen.max_requests_per_connection.is_some_and(|max| progress.served.get() >= max);
+            let context = context.clone();
+            async move {
+                let mut response = service.call(request).await?;
+                if version < Version::HTTP_2 && (last || context.phase.get().is_leaving()) {
+                    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+                }
+                Ok::<_, Infallible>(response.map(|inner| CountedBody { inner, _started: started }))
+            }
+        })
+    };
+
+    match protocol {
+        Protocol::Http1 => {
+            let listen = &settings.listen;
+            let mut connection = conn::http1::Builder::new()
+                .max_headers(MAX_HEADERS)
+                // Room for both; which of them is too large the service says (414 or 431).
+                .max_buf_size((listen.max_uri_bytes + listen.max_header_bytes + 1024).max(MIN_BUFFER))
+                .header_read_timeout(None)
+                .serve_connection(TokioIo::new(io), service);
+            let end = {
+                let mut pinned = Pin::new(&mut connection);
+                under_deadlines(&context, &settings, &progress, |cx| {
+                    if context.phase.get() >= Phase::Draining {
+                        progress.linger.set(Some(settings.drain.margin.max(Io::LINGER)));
+                    }
+                    pinned.as_mut().poll(cx)
+                })
+                .await
+            };
+            match end {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => {
+                    if progress.line_too_long.get() {
+                        let io = connection.into_parts().io.into_inner();
+                        finish(&context, &peer, &progress, End::LineTooLong, io).await;
+                    } else {
+                        refused_by_hyper(&context, &peer, &error);
+                    }
+                }
+                Err(end) => {
+                    let io = connection.into_parts().io.into_inner();
+                    finish(&context, &peer, &progress, end, io).await;
+                }
+            }
+        }
+        Protocol::Http2 => {
+            progress.multiplexed.set(true);
+            progress.enter(Stage::Idle);
+            let listen = &settings.listen;
+            let connection = conn::http2::Builder::new(LocalExec)
+                .timer(TokioTimer::new())
+                .max_concurrent_streams(MAX_STREAMS)
+                .max_header_list_size(u32::try_from(listen.max_uri_bytes + listen.max_header_bytes + 4096).unwrap_or(u32::MAX))
+                .keep_alive_interval(H2_PING_EVERY)
+                .keep_alive_timeout(H2_PING_TIMEOUT)
+                .serve_connection(TokioIo::new(io), service);
+            tokio::pin!(connection);
+            let leaving = Cell::new(false);
+            loop {
+                let end = under_deadlines(&context, &settings, &progress, |cx| {
+                    let worn = listen.max_requests_per_connection.is_some_and(|max| progress.served.get() >= max);
+                    if !leaving.get() && (worn || context.phase.get() >= Phase::Draining) {
+                        leaving.set(true);
+                        connection.as_mut().graceful_shutdown();
+                    }
+                    connection.as_mut().poll(cx)
+                })
+                .await;
+                match end {
+                    Err(End::Idle) if !leaving.get() => {
+                        leaving.set(true);
+                        connection.as_mut().graceful_shutdown();
+                        progress.since.set(Instant::now());
+                    }
+                    Ok(Err(error)) => {
+                        tracing::debug!(peer = %peer.remote, %error, "HTTP/2 connection ended");
+                        return;
+                    }
+                    _ => return,
+                }
+            }
+        }
+    }
+}
+
+/// Why a connection ends before its peer or hyper wants it to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    Idle,
+    HeadTimeout,
+    LineTooLong,
+    /// The client reads too slowly or not at all.
+    WriteStalled,
+    Cut,
+}
+
+/// Polls `work` until it is done or a deadline of the connection has passed. One timer a connection, moved only when a
+/// deadline comes nearer: between requests nothing is armed or disarmed.
+async fn under_deadlines<T>(
+    context: &Shared,
+    settings: &Settings,
+    progress: &Progress,
+    mut work: impl FnMut(&mut Context<'_>) -> Poll<T>,
+) -> Result<T, End> {
+    let mut armed = Instant::now() + NEVER;
+    let sleep = tokio::time::sleep_until(armed);
+    tokio::pin!(sleep);
+    std::future::poll_fn(|cx| {
+        if progress.waker.borrow().is_none() {
+            *progress.waker.borrow_mut() = Some(cx.waker().clone());
+        }
+        if progress.abort.get() {
+            return Poll::Ready(Err(End::Cut));
+        }
+        if let Poll::Ready(done) = work(cx) {
+            return Poll::Ready(Ok(done));
+        }
+        loop {
+            let Some((deadline, end)) = next_deadline(context, settings, progress) else { return Poll::Pending };
+            if deadline < armed {
+                armed = deadline;
+                sleep.as_mut().reset(deadline);
+            }
+            if sleep.as_mut().poll(cx).is_pending() {
+                return Poll::Pending;
+            }
+            if Instant::now() >= deadline {
+                return Poll::Ready(Err(end));
+            }
+            armed = deadline;
+            sleep.as_mut().reset(deadline);
+        }
+    })
+    .await
+}
+
+fn next_deadline(context: &Shared, settings: &Settings, progress: &Progress) -> Option<(Instant, End)> {
+    let since = progress.since.get();
+    let stage = match progress.stage.get() {
+        Stage::Busy => None,
+        Stage::Head => Some((since + settings.listen.header_timeout, End::HeadTimeout)),
+        Stage::Idle if context.phase.get() >= Phase::Draining => Some((since + settings.drain.quiet, End::Idle)),
+        Stage::Idle => Some((since + settings.listen.idle_timeout, End::Idle)),
+    };
+    let write = progress
+        .write_deadline(settings.listen.stall_timeout, settings.listen.min_rate)
+        .map(|deadline| (deadline, End::WriteStalled));
+    match (stage, write) {
+        (Some(a), Some(b)) => Some(if a.0 <= b.0 { a } else { b }),
+        (a, b) => a.or(b),
+    }
+}
+
+/// Says a last word where HTTP has one, and closes.
+async fn finish(context: &Shared, peer: &Peer, progress: &Progress, end: End, mut io: Io) {
+    let kind = match end {
+        End::HeadTimeout => Kind::HeadTimeout,
+        End::LineTooLong => Kind::UriTooLong,
+        End::WriteStalled => {
+            tracing::info!(peer = %peer.remote, "client reads too slowly; connection closed");
+            return;
+        }
+        End::Idle => {
+            // A request that crosses our FIN is read and not reset; the peer sees an orderly end.
+            progress.linger.set((context.phase.get() >= Phase::Draining).then_some(Io::LINGER));
+            let _ = io.shutdown().await;
+            return;
+        }
+        End::Cut => return,
+    };
+    let error = Error::new(kind, format!("refused by deadline or limit: {end:?}"));
+    (context.refused)(peer, &error);
+    let status = kind.status();
+    let answer = format!(
+        "HTTP/1.1 {} {}\r\nconnection: close\r\ncontent-length: 0\r\n\r\n",
+        status.as_u16(),
+        status.canonical_reason().unwrap_or("Error")
+    );
+    progress.line_too_long.set(false);
+    progress.linger.set(Some(Io::LINGER));
+    let last_word = async {
+        io.write_all(answer.as_bytes()).await?;
+        io.shutdown().await
+    };
+    // The lingering has its own bound; this one is for a peer that does not read.
+    let _ = tokio::time::timeout(2 * Io::LINGER, last_word).await;
+}
+
+/// hyper has answered by itself, without the service: said and counted here.
+fn refused_by_hyper(context: &Shared, peer: &Peer, error: &hyper::Error) {
+    if !error.is_parse() {
+        tracing::debug!(peer = %peer.remote, %error, "connection ended");
+        return;
+    }
+    let text = error.to_string();
+    let kind = if !error.is_parse_too_large() {
+        Kind::BadRequest
+    } else if text.contains("URI") {
+        Kind::UriTooLong
+    } else {
+        Kind::HeadersTooLarge
+    };
+    (context.refused)(peer, &Error::new(kind, text));
+}
+
+/// From the call of the service to the end of the answer's body.
+struct Started(Rc<Progress>);
+
+impl Started {
+    fn new(progress: Rc<Progress>, has_body: bool) -> Self {
+        progress.in_flight.set(progress.in_flight.get() + 1);
+        progress.served.set(progress.served.get() + 1);
+        progress.linger.set(has_body.then_some(Io::LINGER));
+        progress.stage.set(Stage::Busy);
+        Started(progress)
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        let left = self.0.in_flight.get().saturating_sub(1);
+        self.0.in_flight.set(left);
+        if left == 0 {
+            self.0.enter(Stage::Idle);
+            // The connection future looks at its deadlines when it is next polled; an HTTP/2 one may not be.
+            if self.0.multiplexed.get() {
+                self.0.wake();
+            }
+        }
+    }
+}
+
+pin_project_lite::pin_project! {
+    struct CountedBody<B> {
+        #[pin]
+        inner: B,
+        _started: Started,
+    }
+}
+
+impl<B: Body> Body for CountedBody<B> {
+    type Data = B::Data;
+    type Error = B::Error;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
+        self.project().inner.poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
+}
+
+/// hyper's tasks for HTTP/2 streams stay on the worker of their connection.
+#[derive(Clone, Copy)]
+struct LocalExec;
+
+impl<F: Future + 'static> hyper::rt::Executor<F> for LocalExec
+where
+    F::Output: 'static,
+{
+    fn execute(&self, future: F) {
+        tokio::task::spawn_local(future);
+    }
+}

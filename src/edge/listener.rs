@@ -1,0 +1,259 @@
+//! Listening sockets and the acceptor: one socket per address, connections handed to the worker that has the fewest.
+//!
+//! Not SO_REUSEPORT: it spreads a load balancer's few long connections unevenly, and closing a member of the group resets
+//! what waits in its backlog.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    io,
+    net::{IpAddr, SocketAddr},
+    rc::Rc,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use ipnet::IpNet;
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
+
+use crate::model::Peer;
+
+const BACKLOG: i32 = 4096;
+/// After an error that only time mends (no file descriptors).
+const BACK_OFF: Duration = Duration::from_millis(50);
+/// At its end a listener is emptied until no connection came for this long ...
+const BACKLOG_QUIET: Duration = Duration::from_millis(100);
+/// ... and for at most this long.
+const BACKLOG_LIMIT: Duration = Duration::from_secs(1);
+
+/// Binds and listens, with a message that names the address.
+pub fn bind(address: SocketAddr) -> io::Result<std::net::TcpListener> {
+    let open = || {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+        socket.set_reuse_address(true)?;
+        if address.is_ipv6() {
+            socket.set_only_v6(true)?;
+        }
+        socket.set_nonblocking(true)?;
+        socket.bind(&address.into())?;
+        socket.listen(BACKLOG)?;
+        Ok(std::net::TcpListener::from(socket))
+    };
+    open().map_err(|e: io::Error| io::Error::new(e.kind(), format!("cannot listen on {address}: {e}")))
+}
+
+/// A connection on its way to a worker; the permit counts it until it is dropped.
+pub struct Accepted {
+    pub stream: std::net::TcpStream,
+    pub peer: Peer,
+    pub permit: Permit,
+}
+
+/// Who takes connections: the worker itself where there is one, else a channel for each.
+pub enum Sink {
+    Here(Box<dyn Fn(TcpStream, Peer, Permit)>),
+    Workers(Vec<mpsc::Sender<Accepted>>),
+}
+
+/// Caps; the acceptor reads them for each connection.
+#[derive(Clone, Debug)]
+pub struct Caps {
+    pub connections: usize,
+    pub per_address: Option<usize>,
+    /// Exempt from `per_address`.
+    pub trusted: Vec<IpNet>,
+}
+
+/// Connections by worker and by address.
+#[derive(Debug)]
+pub struct Counts {
+    workers: Vec<AtomicUsize>,
+    total: AtomicUsize,
+    /// Only addresses that have a connection are in it, so it is bounded by their number.
+    by_address: Mutex<HashMap<IpAddr, usize>>,
+}
+
+impl Counts {
+    pub fn new(workers: usize) -> Arc<Self> {
+        Arc::new(Counts {
+            workers: (0..workers).map(|_| AtomicUsize::new(0)).collect(),
+            total: AtomicUsize::new(0),
+            by_address: Mutex::default(),
+        })
+    }
+
+    pub fn total(&self) -> usize {
+        self.total.load(Ordering::Relaxed)
+    }
+
+    fn fewest(&self) -> usize {
+        self.workers.iter().enumerate().min_by_key(|(_, n)| n.load(Ordering::Relaxed)).map_or(0, |(worker, _)| worker)
+    }
+
+    fn take(self: &Arc<Self>, address: IpAddr, caps: &Caps) -> Option<Permit> {
+        let counted = match caps.per_address {
+            Some(max) if !caps.trusted.iter().any(|net| net.contains(&address)) => {
+                let mut map = self.by_address.lock().unwrap_or_else(PoisonError::into_inner);
+                let count = map.entry(address).or_default();
+                if *count >= max {
+                    return None;
+                }
+                *count += 1;
+                Some(address)
+            }
+            _ => None,
+        };
+        let worker = self.fewest();
+        if let Some(count) = self.workers.get(worker) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+        self.total.fetch_add(1, Ordering::Relaxed);
+        Some(Permit { counts: self.clone(), worker, address: counted })
+    }
+}
+
+/// One connection in the counts.
+#[derive(Debug)]
+pub struct Permit {
+    counts: Arc<Counts>,
+    pub worker: usize,
+    address: Option<IpAddr>,
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        if let Some(count) = self.counts.workers.get(self.worker) {
+            count.fetch_sub(1, Ordering::Relaxed);
+        }
+        self.counts.total.fetch_sub(1, Ordering::Relaxed);
+        if let Some(address) = self.address {
+            let mut map = self.counts.by_address.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(count) = map.get_mut(&address) {
+                *count -= 1;
+                if *count == 0 {
+                    map.remove(&address);
+                }
+            }
+        }
+    }
+}
+
+/// What the control plane asks of the acceptor.
+pub enum Command {
+    /// Exactly these addresses from now on: new ones are bound already, missing ones are emptied and closed.
+    Listen { keep: Vec<SocketAddr>, add: Vec<std::net::TcpListener> },
+    Caps(Caps),
+    /// Empties every backlog and closes; answered when all are closed.
+    Close(oneshot::Sender<()>),
+}
+
+/// Runs on the thread that accepts, until the channel of commands closes.
+pub async fn accept(mut commands: mpsc::Receiver<Command>, counts: Arc<Counts>, caps: Caps, sink: Sink) {
+    let shared = Rc::new(Acceptor { counts, caps: std::cell::RefCell::new(caps), sink });
+    let mut running: BTreeMap<SocketAddr, (oneshot::Sender<()>, tokio::task::JoinHandle<()>)> = BTreeMap::new();
+    while let Some(command) = commands.recv().await {
+        match command {
+            Command::Caps(caps) => *shared.caps.borrow_mut() = caps,
+            Command::Listen { keep, add } => {
+                running.retain(|address, _| keep.contains(address));
+                for listener in add {
+                    match listener.local_addr().and_then(|a| Ok((a, TcpListener::from_std(listener)?))) {
+                        Ok((address, listener)) => {
+                            let (stop, stopped) = oneshot::channel();
+                            let task = tokio::task::spawn_local(shared.clone().run(listener, address, stopped));
+                            running.insert(address, (stop, task));
+                        }
+                        Err(error) => tracing::error!(%error, "a listening socket cannot be used"),
+                    }
+                }
+            }
+            Command::Close(done) => {
+                for (_, (stop, task)) in std::mem::take(&mut running) {
+                    drop(stop);
+                    let _ = task.await;
+                }
+                let _ = done.send(());
+            }
+        }
+    }
+}
+
+struct Acceptor {
+    counts: Arc<Counts>,
+    caps: std::cell::RefCell<Caps>,
+    sink: Sink,
+}
+
+impl Acceptor {
+    async fn run(self: Rc<Self>, listener: TcpListener, address: SocketAddr, mut stopped: oneshot::Receiver<()>) {
+        let mut full = false;
+        loop {
+            if self.counts.total() >= self.caps.borrow().connections {
+                if !full {
+                    tracing::warn!(%address, connections = self.counts.total(), "max_connections reached; new connections wait in the backlog");
+                }
+                full = true;
+                tokio::select! {
+                    () = tokio::time::sleep(BACK_OFF) => continue,
+                    _ = &mut stopped => break,
+                }
+            }
+            full = false;
+            tokio::select! {
+                biased;
+                accepted = listener.accept() => self.on_accept(accepted, address).await,
+                _ = &mut stopped => break,
+            }
+        }
+        let limit = Instant::now() + BACKLOG_LIMIT;
+        while let Ok(accepted) = tokio::time::timeout_at(limit.min(Instant::now() + BACKLOG_QUIET), listener.accept()).await {
+            self.on_accept(accepted, address).await;
+        }
+    }
+
+    async fn on_accept(&self, accepted: io::Result<(TcpStream, SocketAddr)>, address: SocketAddr) {
+        match accepted {
+            Ok((stream, remote)) => self.hand_over(stream, remote).await,
+            Err(error) if is_of_one_connection(&error) => {}
+            Err(error) => {
+                tracing::error!(%address, %error, "accept failed; trying again");
+                tokio::time::sleep(BACK_OFF).await;
+            }
+        }
+    }
+
+    async fn hand_over(&self, stream: TcpStream, remote: SocketAddr) {
+        let Some(permit) = self.counts.take(remote.ip().to_canonical(), &self.caps.borrow()) else {
+            tracing::info!(peer = %remote, "max_connections_per_address reached; connection closed");
+            return;
+        };
+        let Ok(local) = stream.local_addr() else { return };
+        let _ = stream.set_nodelay(true);
+        let peer = Peer { remote, local };
+        match &self.sink {
+            Sink::Here(take) => take(stream, peer, permit),
+            Sink::Workers(workers) => {
+                let Ok(stream) = stream.into_std() else { return };
+                if let Some(worker) = workers.get(permit.worker) {
+                    // A worker that does not take them makes the acceptor wait: the backlog is the bound.
+                    let _ = worker.send(Accepted { stream, peer, permit }).await;
+                }
+            }
+        }
+    }
+}
+
+/// Errors of the connection that was to be accepted, not of the listener (accept(2)).
+fn is_of_one_connection(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionRefused | io::ErrorKind::Interrupted
+    )
+}

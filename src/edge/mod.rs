@@ -1,0 +1,7 @@
+//! From a socket to an HTTP request. Generic over the service that answers.
+
+pub mod connection;
+pub mod io;
+pub mod listener;
+pub mod registry;
+pub mod sniff;

@@ -1,0 +1,404 @@
+//! A request for PHP: its body is read whole, it is dispatched, perhaps tried once more, and held on to until FPM has finished.
+
+use std::{rc::Rc, time::Duration};
+
+use bytes::{Bytes, BytesMut};
+use http::{Method, Response, StatusCode, header, request::Parts};
+use hyper::body::Incoming;
+use tokio::time::Instant;
+
+use super::{
+    answer::Content,
+    body::{self, Buffered},
+    inflight::Record,
+    pipe::{self, Outcome, Plan},
+    stack::Worker,
+};
+use crate::{
+    error::{Error, Kind, Retry},
+    fastcgi::{
+        exchange::{Conn, Event, Exchange, Stdin},
+        params, record,
+        response::{self, Head},
+    },
+    lifecycle::Phase,
+    model::{
+        Peer, Route, Settings, Site,
+        peer::ClientInfo,
+        site::PhpRoot,
+        upstream::{Balance, Policy},
+    },
+    telemetry::php_log::PhpLog,
+    upstream::{
+        Dispatcher, Ticket, Want,
+        dispatch::now_ms,
+        health::Health,
+    },
+};
+
+/// A body up to this size is sent in one write with the parameters.
+const SMALL_BODY: usize = 16 * 1024;
+
+/// Everything about a request that PHP is to answer.
+pub struct Php<'a> {
+    pub settings: &'a Settings,
+    pub site: &'a Site,
+    pub route: &'a Route,
+    pub script_name: &'a str,
+    pub path_info: &'a str,
+    pub parts: &'a Parts,
+    pub peer: &'a Peer,
+    pub client: &'a ClientInfo,
+    pub record: &'a Rc<Record>,
+}
+
+/// PHP's answer, or why there is none.
+pub async fn forward(worker: &Rc<Worker>, php: &Php<'_>, incoming: Incoming) -> Result<Response<Content>, Error> {
+    if worker.phase.get() == Phase::Starting {
+        return Err(Error::new(Kind::Starting, "no upstream is known to be usable yet".to_owned()));
+    }
+    let Some(upstream) = &php.route.upstream else {
+        return Err(Error::new(Kind::NotFound, "a script, but the route names no upstream".to_owned()));
+    };
+    let limits = body::Limits {
+        body: php.route.body_limit,
+        memory: php.settings.buffer.memory,
+        stall: php.settings.listen.stall_timeout,
+        min_rate: php.settings.listen.min_rate,
+        dir: php.settings.buffer.dir.clone(),
+    };
+    let declared = php.parts.headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse().ok());
+    let body = body::buffer(incoming, declared, &limits, &worker.buffers).await?;
+    php.record.request_bytes.set(body.length().unwrap_or(0));
+    let site_root = site_root(worker, php.site).await;
+
+    let idempotent = is_idempotent(&php.parts.method);
+    let since = Instant::now();
+    let mut tried: Vec<u64> = Vec::new();
+    let mut failed: Option<Error> = None;
+    let mut attempts = 0;
+    let mut resent = false;
+    loop {
+        let cookie;
+        let (once, key) = (!idempotent || attempts > 0, {
+            cookie = hash_key(worker, upstream, php);
+            cookie.as_bytes()
+        });
+        let want = Want { upstream, once, key, tried: &tried, since };
+        let ticket = match worker.dispatcher.acquire(&want).await {
+            Ok(ticket) => ticket,
+            // What an attempt met says more than that there was nobody else to try.
+            Err(none) => return Err(failed.unwrap_or(none)),
+        };
+        attempts += 1;
+        php.record.dispatched(&ticket);
+        if !ticket.waited.is_zero() {
+            worker.sinks.metrics.queue_wait(upstream, ticket.waited);
+        }
+        let (policy, set, activation) = (ticket.upstream.policy.clone(), ticket.set.clone(), ticket.upstream.activation.clone());
+        let (endpoint, leased) = (ticket.endpoint().clone(), ticket.conn.is_some());
+        let error = match attempt(worker, php, &site_root, &body, ticket, &policy).await {
+            Ok(response) => {
+                endpoint.answered(now_ms());
+                worker.sinks.metrics.attempt(upstream, set.name(), "ok");
+                return Ok(response);
+            }
+            Err(error) => error,
+        };
+        php.record.undispatched();
+        worker.sinks.metrics.attempt(upstream, set.name(), error.kind.cause());
+        // A kept connection that had ended says nothing about the pod; neither does a slow script.
+        let blames = !leased && matches!(error.kind, Kind::ConnectFailed | Kind::ConnectTimeout | Kind::UpstreamClosed);
+        if blames {
+            endpoint.update_health(now_ms(), |health| Health::failed(health, now_ms()));
+        }
+        let again = match error.retry {
+            Retry::Free => true,
+            Retry::IfIdempotent => idempotent && !std::mem::replace(&mut resent, true),
+            Retry::Never => false,
+        };
+        tracing::warn!(
+            id = php.record.id.as_str(), upstream = &**upstream, set = &**set.name(), endpoint = %endpoint.address,
+            cause = error.kind.cause(), detail = error.detail, again = again && attempts <= policy.retries, "an attempt failed"
+        );
+        if !again || attempts > policy.retries {
+            return Err(error);
+        }
+        activation.retried.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        if !leased {
+            tried.push(endpoint.id);
+        }
+        failed = Some(error);
+    }
+}
+
+/// RFC 9110, section 9.2.2.
+fn is_idempotent(method: &Method) -> bool {
+    matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS | Method::TRACE | Method::PUT | Method::DELETE)
+}
+
+/// What the consistent hash is taken over; empty unless the upstream balances by it.
+fn hash_key(worker: &Worker, upstream: &str, php: &Php<'_>) -> String {
+    let snapshot = worker.dispatcher.store.load();
+    match snapshot.upstreams.get(upstream).map(|u| &u.policy.balance) {
+        Some(Balance::HashAddress) => php.client.address.to_string(),
+        Some(Balance::HashCookie(name)) => cookie(php.parts, name).unwrap_or_default().to_owned(),
+        _ => String::new(),
+    }
+}
+
+fn cookie<'a>(parts: &'a Parts, name: &str) -> Option<&'a str> {
+    parts.headers.get_all(header::COOKIE).iter().filter_map(|v| v.to_str().ok()).flat_map(|v| v.split(';')).find_map(|pair| {
+        let (key, value) = pair.trim().split_once('=')?;
+        (key == name).then_some(value)
+    })
+}
+
+/// The site's public folder as FPM sees it.
+async fn site_root(worker: &Worker, site: &Site) -> String {
+    match (&site.php_root, &site.root) {
+        (PhpRoot::Path(path), _) => path.clone(),
+        (PhpRoot::SameAsRoot, Some(root)) => root.to_string_lossy().into_owned(),
+        (PhpRoot::RealPath, Some(root)) => worker.real_path(root).await,
+        (_, None) => String::new(),
+    }
+}
+
+/// One exchange with one endpoint. Dropped before its end (the client has left), it goes on in the reaper.
+struct Guard<'a> {
+    dispatcher: &'a Dispatcher,
+    held: Option<(Exchange, Ticket)>,
+    /// For the reaper: at most so long in all.
+    limit: Duration,
+}
+
+impl Guard<'_> {
+    /// FPM goes on with what it was given: read to the end elsewhere.
+    fn reap(&mut self) {
+        if let Some((exchange, ticket)) = self.held.take() {
+            reap(self.dispatcher, exchange, ticket, self.limit);
+        }
+    }
+}
+
+impl Drop for Guard<'_> {
+    fn drop(&mut self) {
+        self.reap();
+    }
+}
+
+fn reap(dispatcher: &Dispatcher, exchange: Exchange, ticket: Ticket, limit: Duration) {
+    let bounded = ticket.endpoint().capacity().is_some();
+    dispatcher.reaper.reap(exchange, ticket, limit, bounded);
+}
+
+async fn attempt(
+    worker: &Rc<Worker>,
+    php: &Php<'_>,
+    site_root: &str,
+    body: &Buffered,
+    mut ticket: Ticket,
+    policy: &Policy,
+) -> Result<Response<Content>, Error> {
+    let mut conn = match ticket.conn.take() {
+        Some(conn) => conn,
+        None => Conn::connect(&ticket.endpoint().address, policy.connect_timeout).await?,
+    };
+    let (stdin, stdin_ended) = encode(worker, &mut conn.output, php, site_root, body, &ticket)?;
+    let read_timeout = php.route.read_timeout.unwrap_or(policy.read_timeout);
+    let mut log = PhpLog::new(php.record.id.as_str());
+    let exchange = Exchange::start(conn, stdin, stdin_ended);
+    let mut guard = Guard { dispatcher: &worker.dispatcher, held: Some((exchange, ticket)), limit: read_timeout };
+
+    let (head, rest) = {
+        let reading = async {
+            let Some((exchange, _)) = &mut guard.held else { return Err(Error::new(Kind::Internal, "no exchange".to_owned())) };
+            read_head(exchange, read_timeout, &mut log).await
+        };
+        match reading.await {
+            Ok(head) => head,
+            Err(error) if error.kind == Kind::ReadTimeout => {
+                // The worker of FPM is still busy with it: so is the slot.
+                guard.reap();
+                return Err(error);
+            }
+            Err(error) => {
+                guard.held = None;
+                return Err(error);
+            }
+        }
+    };
+    let Some((mut exchange, ticket)) = guard.held.take() else {
+        return Err(Error::new(Kind::Internal, "no exchange".to_owned()));
+    };
+    let bodiless = php.parts.method == Method::HEAD || matches!(head.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
+
+    let mut pieces = rest;
+    match take_ready(&mut exchange, &mut pieces, php.settings.buffer.memory, &mut log).await {
+        Some(Err(error)) => Err(error),
+        Some(Ok(())) => {
+            let bytes: usize = pieces.iter().map(Bytes::len).sum();
+            worker.dispatcher.finish(ticket, exchange.into_conn());
+            php.record.undispatched();
+            if !bodiless && head.content_length.is_some_and(|told| told != bytes as u64) {
+                let told = head.content_length.unwrap_or(0);
+                return Err(Error::new(Kind::UpstreamHeaders, format!("Content-Length {told}, but {bytes} bytes of body")));
+            }
+            let content = if bodiless { Content::Empty } else { Content::Whole(Some(body::join(pieces, bytes))) };
+            Ok(respond(head, content, bodiless))
+        }
+        None => {
+            let plan = Plan {
+                unbuffered: head.unbuffered,
+                memory: php.settings.buffer.memory,
+                dir: php.settings.buffer.dir.clone(),
+                read_timeout,
+            };
+            let (pump, pipe) = pipe::pipe(pieces, head.content_length, &worker.buffers);
+            let (worker, record) = (worker.clone(), php.record.clone());
+            tokio::task::spawn_local(async move {
+                let unbuffered = plan.unbuffered;
+                match pump.run(exchange, plan, |bytes| log.push(&bytes)).await {
+                    Outcome::Whole(exchange) => worker.dispatcher.finish(ticket, exchange.into_conn()),
+                    Outcome::Failed(error) => {
+                        tracing::warn!(
+                            id = record.id.as_str(), endpoint = %ticket.endpoint().address, cause = error.kind.cause(),
+                            detail = error.detail, "the answer ended early"
+                        );
+                        record.cause.set(Some(error.kind));
+                    }
+                    // Only a failed write ends an endless script.
+                    Outcome::ClientLeft(exchange) if unbuffered => drop(exchange),
+                    Outcome::ClientLeft(exchange) => reap(&worker.dispatcher, exchange, ticket, read_timeout),
+                }
+                record.undispatched();
+            });
+            let content = if bodiless { Content::Empty } else { Content::Pipe(pipe) };
+            Ok(respond(head, content, bodiless))
+        }
+    }
+}
+
+/// Writes the request's records; a small body goes with them.
+fn encode(
+    worker: &Worker,
+    out: &mut BytesMut,
+    php: &Php<'_>,
+    site_root: &str,
+    body: &Buffered,
+    ticket: &Ticket,
+) -> Result<(Stdin, bool), Error> {
+    let config = &ticket.set.config;
+    let set_root = config.php_root.as_deref().or_else(|| config.root.as_ref().and_then(|p| p.to_str()));
+    let document_root = set_root.unwrap_or(site_root).trim_end_matches('/');
+    let script_filename = format!("{document_root}{}", php.script_name);
+    let keep = ticket.upstream.policy.lease.is_some() && ticket.endpoint().capacity().is_some();
+    out.clear();
+    record::put_begin_request(out, keep);
+    params::write(
+        out,
+        &params::Input {
+            method: &php.parts.method,
+            request_uri: php.parts.uri.path_and_query().map_or("/", |p| p.as_str()),
+            query: php.parts.uri.query().unwrap_or(""),
+            version: php.parts.version,
+            headers: &php.parts.headers,
+            host: &php.client.host,
+            content_length: body.length(),
+            remote_addr: php.client.address,
+            remote_port: php.client.port,
+            server_addr: php.peer.local,
+            server_port: php.client.server_port,
+            https: php.client.https,
+            request_id: php.record.id.as_str(),
+            extra: &php.route.params,
+            script: params::Script {
+                script_name: php.script_name,
+                path_info: php.path_info,
+                document_root,
+                script_filename: &script_filename,
+            },
+        },
+    )
+    .map_err(Error::from)?;
+    Ok(match body {
+        Buffered::None => {
+            record::put_stdin_end(out);
+            (Stdin::Done, true)
+        }
+        Buffered::Memory(bytes, _) if bytes.len() <= SMALL_BODY => {
+            record::put_stdin(out, bytes);
+            record::put_stdin_end(out);
+            (Stdin::Done, true)
+        }
+        large => (large.stdin(&worker.buffers), false),
+    })
+}
+
+/// Reads to the end of PHP's header block; gives what of the body came with it.
+async fn read_head(exchange: &mut Exchange, read_timeout: Duration, log: &mut PhpLog) -> Result<(Head, Vec<Bytes>), Error> {
+    let limits = response::Limits::default();
+    let mut partial = BytesMut::new();
+    loop {
+        let event = tokio::time::timeout(read_timeout, exchange.event()).await.map_err(|_| {
+            let what = if exchange.is_sent() { "no answer" } else { "the request body was not taken" };
+            Error::new(Kind::ReadTimeout, format!("{what} in {read_timeout:?}"))
+        })??;
+        let bytes = match event {
+            Event::Stdout(bytes) => bytes,
+            Event::Stderr(bytes) => {
+                log.push(&bytes);
+                continue;
+            }
+            Event::End => {
+                return Err(Error::new(Kind::UpstreamHeaders, format!("END_REQUEST after {} bytes of headers", partial.len())));
+            }
+        };
+        let bytes = if partial.is_empty() {
+            bytes
+        } else {
+            partial.extend_from_slice(&bytes);
+            partial.split().freeze()
+        };
+        match response::parse_head(&bytes, &limits) {
+            Err(error) => return Err(Error::new(Kind::UpstreamHeaders, error.to_string())),
+            Ok(None) => partial.extend_from_slice(&bytes),
+            Ok(Some((head, used))) => {
+                let rest = bytes.slice(used..);
+                return Ok((head, if rest.is_empty() { Vec::new() } else { vec![rest] }));
+            }
+        }
+    }
+}
+
+/// What of the answer is there already, up to `memory`. `None`: more is to come.
+async fn take_ready(exchange: &mut Exchange, pieces: &mut Vec<Bytes>, memory: usize, log: &mut PhpLog) -> Option<Result<(), Error>> {
+    let mut bytes: usize = pieces.iter().map(Bytes::len).sum();
+    std::future::poll_fn(|cx| {
+        while bytes <= memory {
+            match exchange.poll_event(cx) {
+                std::task::Poll::Ready(Ok(Event::Stdout(data))) => {
+                    bytes += data.len();
+                    pieces.push(data);
+                }
+                std::task::Poll::Ready(Ok(Event::Stderr(data))) => log.push(&data),
+                std::task::Poll::Ready(Ok(Event::End)) => return std::task::Poll::Ready(Some(Ok(()))),
+                std::task::Poll::Ready(Err(error)) => return std::task::Poll::Ready(Some(Err(error))),
+                std::task::Poll::Pending => break,
+            }
+        }
+        std::task::Poll::Ready(None)
+    })
+    .await
+}
+
+fn respond(head: Head, content: Content, bodiless: bool) -> Response<Content> {
+    let mut response = Response::new(content);
+    *response.status_mut() = head.status;
+    *response.headers_mut() = head.headers;
+    if bodiless && head.status == StatusCode::NO_CONTENT {
+        // RFC 9110, section 8.6.
+        response.headers_mut().remove(header::CONTENT_LENGTH);
+    }
+    response
+}

@@ -1,0 +1,224 @@
+//! What is known of each request while it is in flight: for the access log and the metrics at its end, and for receipts that name what is left.
+
+use std::{
+    cell::{Cell, RefCell},
+    io,
+    net::IpAddr,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use http::{HeaderValue, Method, Uri, Version};
+use slab::Slab;
+use tokio::time::Instant;
+
+use super::layers::request_id::RequestId;
+use crate::{
+    error::{Error, Kind},
+    telemetry::{
+        access_log::{Entry, Writer},
+        metrics::Shard,
+    },
+    upstream::{Endpoint, Ticket, store::InFlight},
+};
+
+/// One request. On its worker's thread only.
+pub struct Record {
+    pub id: RequestId,
+    pub method: Method,
+    pub uri: Uri,
+    pub version: Version,
+    pub started: Instant,
+    pub time: SystemTime,
+    pub client: IpAddr,
+    pub user_agent: Option<HeaderValue>,
+    pub referer: Option<HeaderValue>,
+    pub access_log: Cell<bool>,
+    pub status: Cell<u16>,
+    pub request_bytes: Cell<u64>,
+    pub cause: Cell<Option<Kind>>,
+    /// The Activation it holds; 0: none.
+    activation: Cell<u64>,
+    pub way: RefCell<Way>,
+}
+
+/// Where it went.
+#[derive(Default)]
+pub struct Way {
+    pub site: Option<Arc<str>>,
+    pub upstream: Option<Arc<str>>,
+    pub set: Option<Arc<str>>,
+    pub endpoint: Option<Arc<Endpoint>>,
+    pub attempts: u32,
+    pub queued: Option<Duration>,
+    pub dispatched: Option<Instant>,
+}
+
+impl Record {
+    pub fn new(id: RequestId, parts: &http::request::Parts, client: IpAddr) -> Rc<Self> {
+        Rc::new(Record {
+            id,
+            method: parts.method.clone(),
+            uri: parts.uri.clone(),
+            version: parts.version,
+            started: Instant::now(),
+            time: SystemTime::now(),
+            client,
+            user_agent: parts.headers.get(http::header::USER_AGENT).cloned(),
+            referer: parts.headers.get(http::header::REFERER).cloned(),
+            access_log: Cell::new(true),
+            status: Cell::new(0),
+            request_bytes: Cell::new(0),
+            cause: Cell::new(None),
+            activation: Cell::new(0),
+            way: RefCell::default(),
+        })
+    }
+
+    pub fn dispatched(&self, ticket: &Ticket) {
+        self.activation.set(ticket.upstream.activation.serial);
+        let way = &mut *self.way.borrow_mut();
+        way.upstream = Some(ticket.upstream.name.clone());
+        way.set = Some(ticket.set.name().clone());
+        way.endpoint = Some(ticket.endpoint().clone());
+        way.attempts += 1;
+        way.queued = Some(ticket.waited);
+        way.dispatched = Some(Instant::now());
+    }
+
+    /// Between two attempts it holds nothing.
+    pub fn undispatched(&self) {
+        self.activation.set(0);
+    }
+
+    fn in_flight(&self) -> InFlight {
+        InFlight {
+            id: self.id.as_str().to_owned(),
+            method: self.method.as_str().to_owned(),
+            path: self.uri.path().to_owned(),
+            age: self.started.elapsed(),
+        }
+    }
+}
+
+/// The requests of one worker.
+#[derive(Default)]
+pub struct Registry(RefCell<Slab<Rc<Record>>>);
+
+impl Registry {
+    /// Of one Activation, or all.
+    pub fn list(&self, activation: Option<u64>) -> Vec<InFlight> {
+        let records = self.0.borrow();
+        records.iter().filter(|(_, r)| activation.is_none_or(|a| a == r.activation.get())).map(|(_, r)| r.in_flight()).collect()
+    }
+
+    pub fn len(&self) -> usize {
+        self.0.borrow().len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// What is in flight now is being cut: its log line says so.
+    pub fn mark_cut(&self) {
+        for (_, record) in self.0.borrow().iter() {
+            record.cause.set(Some(Kind::Cut));
+        }
+    }
+}
+
+/// What a request's end is told to.
+pub struct Sinks {
+    pub registry: Registry,
+    pub access: Writer,
+    pub metrics: Arc<Shard>,
+}
+
+/// Held from the head of a request to the end of its answer's body. Its drop writes the access log.
+pub struct Finish {
+    record: Rc<Record>,
+    sinks: Rc<Sinks>,
+    key: usize,
+    bytes: u64,
+    whole: bool,
+}
+
+impl Finish {
+    pub fn new(record: Rc<Record>, sinks: Rc<Sinks>) -> Self {
+        let key = sinks.registry.0.borrow_mut().insert(record.clone());
+        Finish { record, sinks, key, bytes: 0, whole: false }
+    }
+
+    pub fn record(&self) -> &Rc<Record> {
+        &self.record
+    }
+
+    pub fn sent(&mut self, bytes: usize) {
+        self.bytes += bytes as u64;
+    }
+
+    pub fn whole(&mut self) {
+        self.whole = true;
+    }
+
+    pub fn broken(&mut self, error: &io::Error) {
+        if self.record.cause.get().is_none() {
+            self.record.cause.set(Some(Kind::UpstreamClosed));
+        }
+        tracing::warn!(id = self.record.id.as_str(), path = self.record.uri.path(), %error, "the answer was cut short");
+    }
+
+    /// An error became the answer.
+    pub fn failed(&self, error: &Error) {
+        self.record.cause.set(Some(error.kind));
+    }
+}
+
+impl Drop for Finish {
+    fn drop(&mut self) {
+        let record = &self.record;
+        self.sinks.registry.0.borrow_mut().try_remove(self.key);
+        if !self.whole && record.cause.get().is_none() {
+            record.cause.set(Some(Kind::ClientLeft));
+        }
+        let cause = record.cause.get();
+        if let Some(kind) = cause {
+            self.sinks.metrics.error(kind.cause());
+        }
+        // No head was sent: the client left before, as Nginx logs it.
+        let status = if record.status.get() == 0 { Kind::ClientLeft.status().as_u16() } else { record.status.get() };
+        let way = record.way.borrow();
+        let text = |name: &Option<Arc<str>>| name.clone().unwrap_or_else(|| Arc::from(""));
+        let (site, upstream, set) = (text(&way.site), text(&way.upstream), text(&way.set));
+        let duration = record.started.elapsed();
+        self.sinks.metrics.request(&site, status, &upstream, &set, duration.as_secs_f64());
+        if record.access_log.get() {
+            self.sinks.access.log(&Entry {
+                time: record.time,
+                id: record.id.as_str(),
+                site: &site,
+                remote_addr: record.client,
+                remote_user: "",
+                method: record.method.as_str(),
+                path: record.uri.path(),
+                query: record.uri.query(),
+                version: record.version,
+                status,
+                bytes_sent: self.bytes,
+                request_bytes: record.request_bytes.get(),
+                duration,
+                upstream: &upstream,
+                set: &set,
+                endpoint: way.endpoint.as_ref().map(|e| &e.address),
+                upstream_duration: way.dispatched.map(|at| at.elapsed()),
+                queue_duration: way.queued,
+                attempts: way.attempts,
+                cause: cause.map_or("", Kind::cause),
+                user_agent: record.user_agent.as_ref().map_or(b"", HeaderValue::as_bytes),
+                referer: record.referer.as_ref().map_or(b"", HeaderValue::as_bytes),
+            });
+        }
+    }
+}

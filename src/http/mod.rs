@@ -1,0 +1,12 @@
+//! One request: from its head to the end of its answer's body.
+
+pub mod answer;
+pub mod body;
+pub mod files;
+pub mod forward;
+pub mod inflight;
+pub mod layers;
+pub mod pipe;
+pub mod route;
+pub mod spill;
+pub mod stack;

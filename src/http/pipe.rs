@@ -1,0 +1,353 @@
+//! The answer on its way to the client: FPM is read as fast as it writes, into memory and then an unlinked file, so that a slow reader
+//! does not hold one of its workers.
+//!
+//! ```text
+//!   FPM ──▶ pump (a local task) ──▶ memory queue ──▶ PipeBody ──▶ hyper
+//!                              └──▶ spill file ──┘   in order: to the queue only while the file has nothing unread
+//! ```
+
+use std::{
+    cell::RefCell,
+    collections::VecDeque,
+    future::poll_fn,
+    io,
+    path::PathBuf,
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll, Waker, ready},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http_body::{Body, Frame, SizeHint};
+use tokio::task::JoinHandle;
+
+use super::spill::{Buffers, Share, SpillFile};
+use crate::{
+    error::{Error, Kind},
+    fastcgi::exchange::{Event, Exchange},
+};
+
+/// Written to a spill file at once.
+const BATCH_BYTES: usize = 256 * 1024;
+/// An unbuffered answer waits for its client beyond this.
+const UNBUFFERED_BYTES: usize = 64 * 1024;
+
+/// What of an answer the pump needs to know.
+pub struct Plan {
+    /// As it comes, at the client's pace.
+    pub unbuffered: bool,
+    pub memory: usize,
+    pub dir: PathBuf,
+    pub read_timeout: Duration,
+}
+
+/// How the pump's work ended.
+pub enum Outcome {
+    /// END_REQUEST came.
+    Whole(Exchange),
+    Failed(Error),
+    /// The client left; FPM may go on.
+    ClientLeft(Exchange),
+}
+
+struct Pipe {
+    queue: VecDeque<Bytes>,
+    queued: usize,
+    memory: Share,
+    spill: Option<Spill>,
+    ended: Option<Result<(), String>>,
+    reader: Option<Waker>,
+    writer: Option<Waker>,
+    reader_gone: bool,
+}
+
+struct Spill {
+    file: SpillFile,
+    read: u64,
+    written: u64,
+    /// How far the file has ever been written: that is what it takes of the disk.
+    high: u64,
+    disk: Share,
+}
+
+impl Spill {
+    fn is_read(&self) -> bool {
+        self.read == self.written
+    }
+
+    /// Room for `bytes` more at `written`; false where the disk budget has none.
+    fn grow(&mut self, bytes: usize) -> bool {
+        let end = self.written + bytes as u64;
+        let more = usize::try_from(end.saturating_sub(self.high)).unwrap_or(usize::MAX);
+        let granted = more == 0 || self.disk.grow(more);
+        if granted {
+            self.high = self.high.max(end);
+        }
+        granted
+    }
+}
+
+fn wake(waker: &mut Option<Waker>) {
+    if let Some(waker) = waker.take() {
+        waker.wake();
+    }
+}
+
+/// The two ends. `first` is what has been read already.
+pub fn pipe(first: Vec<Bytes>, length: Option<u64>, buffers: &Buffers) -> (Pump, PipeBody) {
+    let mut pipe = Pipe {
+        queue: VecDeque::new(),
+        queued: 0,
+        memory: buffers.memory.share(),
+        spill: None,
+        ended: None,
+        reader: None,
+        writer: None,
+        reader_gone: false,
+    };
+    for bytes in first {
+        pipe.queued += bytes.len();
+        pipe.queue.push_back(bytes);
+    }
+    // What has been read is in memory already; beyond the budget the pump waits.
+    let _ = pipe.memory.grow(pipe.queued);
+    let pipe = Rc::new(RefCell::new(pipe));
+    let body = PipeBody { pipe: pipe.clone(), pool: buffers.pool.clone(), reading: None, left: length };
+    (Pump { pipe, buffers: buffers.clone() }, body)
+}
+
+/// The end that FPM's answer goes into.
+pub struct Pump {
+    pipe: Rc<RefCell<Pipe>>,
+    buffers: Buffers,
+}
+
+impl Pump {
+    /// Moves the rest of the answer, to its end or until the client has left.
+    pub async fn run(self, mut exchange: Exchange, plan: Plan, mut on_stderr: impl FnMut(Bytes)) -> Outcome {
+        loop {
+            let gathered = tokio::time::timeout(plan.read_timeout, self.gather(&mut exchange, &mut on_stderr)).await;
+            let (batch, end) = match gathered {
+                Err(_) => {
+                    let error = Error::new(Kind::ReadTimeout, format!("no byte of the answer in {:?}", plan.read_timeout));
+                    self.end(Err(error.to_string()));
+                    return Outcome::Failed(error);
+                }
+                Ok(gathered) => gathered,
+            };
+            if !batch.is_empty()
+                && let Err(error) = self.deliver(batch, &plan).await
+            {
+                self.end(Err(error.to_string()));
+                return Outcome::Failed(Error::new(Kind::DiskFull, error.to_string()));
+            }
+            match end {
+                None => {}
+                Some(Err(error)) => {
+                    self.end(Err(error.to_string()));
+                    return Outcome::Failed(error);
+                }
+                Some(Ok(())) => {
+                    self.end(Ok(()));
+                    return Outcome::Whole(exchange);
+                }
+            }
+            if self.pipe.borrow().reader_gone {
+                return Outcome::ClientLeft(exchange);
+            }
+        }
+    }
+
+    /// What FPM has written since, and how it ended if it did. Returns as soon as there is something, or nobody to read it.
+    async fn gather(&self, exchange: &mut Exchange, on_stderr: &mut impl FnMut(Bytes)) -> (Vec<Bytes>, Option<Result<(), Error>>) {
+        let mut batch = Vec::new();
+        let mut bytes = 0;
+        let end = poll_fn(|cx| {
+            loop {
+                if self.pipe.borrow().reader_gone {
+                    return Poll::Ready(None);
+                }
+                match exchange.poll_event(cx) {
+                    Poll::Ready(Ok(Event::Stdout(data))) => {
+                        bytes += data.len();
+                        batch.push(data);
+                        if bytes >= BATCH_BYTES {
+                            return Poll::Ready(None);
+                        }
+                    }
+                    Poll::Ready(Ok(Event::Stderr(data))) => on_stderr(data),
+                    Poll::Ready(Ok(Event::End)) => return Poll::Ready(Some(Ok(()))),
+                    Poll::Ready(Err(error)) => return Poll::Ready(Some(Err(error))),
+                    Poll::Pending if batch.is_empty() => {
+                        self.pipe.borrow_mut().writer = Some(cx.waker().clone());
+                        return Poll::Pending;
+                    }
+                    Poll::Pending => return Poll::Ready(None),
+                }
+            }
+        })
+        .await;
+        (batch, end)
+    }
+
+    /// To memory while there is room, then to the file; where neither has any, at the client's pace.
+    async fn deliver(&self, batch: Vec<Bytes>, plan: &Plan) -> io::Result<()> {
+        let bytes: usize = batch.iter().map(Bytes::len).sum();
+        loop {
+            let mut pipe = self.pipe.borrow_mut();
+            if pipe.reader_gone {
+                return Ok(());
+            }
+            // Only the pump rewinds: it knows that no write is under way.
+            if let Some(spill) = pipe.spill.as_mut().filter(|s| s.is_read()) {
+                (spill.read, spill.written) = (0, 0);
+            }
+            let unread = pipe.spill.as_ref().is_some_and(|s| !s.is_read());
+            let room = if plan.unbuffered { UNBUFFERED_BYTES } else { plan.memory };
+            // An empty queue always takes a batch: it is the client's next.
+            if !unread && (pipe.queue.is_empty() || pipe.queued + bytes <= room) && (pipe.memory.grow(bytes) || pipe.queue.is_empty()) {
+                pipe.queued += bytes;
+                pipe.queue.extend(batch);
+                wake(&mut pipe.reader);
+                return Ok(());
+            }
+            if !plan.unbuffered {
+                if pipe.spill.is_none() {
+                    drop(pipe);
+                    let file = SpillFile::create(&self.buffers.pool, plan.dir.clone()).await?;
+                    self.pipe.borrow_mut().spill = Some(Spill { file, read: 0, written: 0, high: 0, disk: self.buffers.disk.share() });
+                    continue;
+                }
+                let target = pipe.spill.as_mut().and_then(|s| s.grow(bytes).then(|| (s.file.clone(), s.written)));
+                if let Some((file, offset)) = target {
+                    drop(pipe);
+                    file.write(&self.buffers.pool, batch, offset).await?;
+                    let mut pipe = self.pipe.borrow_mut();
+                    if let Some(spill) = &mut pipe.spill {
+                        spill.written = offset + bytes as u64;
+                    }
+                    wake(&mut pipe.reader);
+                    return Ok(());
+                }
+            }
+            drop(pipe);
+            self.reader_moved().await;
+        }
+    }
+
+    /// Until the reader has taken something, or left.
+    async fn reader_moved(&self) {
+        let mut waited = false;
+        poll_fn(|cx| {
+            let mut pipe = self.pipe.borrow_mut();
+            if waited || pipe.reader_gone {
+                return Poll::Ready(());
+            }
+            waited = true;
+            pipe.writer = Some(cx.waker().clone());
+            Poll::Pending
+        })
+        .await;
+    }
+
+    fn end(&self, result: Result<(), String>) {
+        let mut pipe = self.pipe.borrow_mut();
+        pipe.ended = Some(result);
+        wake(&mut pipe.reader);
+    }
+}
+
+impl Drop for Pump {
+    fn drop(&mut self) {
+        let mut pipe = self.pipe.borrow_mut();
+        if pipe.ended.is_none() {
+            pipe.ended = Some(Err("the answer was given up".to_owned()));
+            wake(&mut pipe.reader);
+        }
+    }
+}
+
+/// The end that hyper reads from. An answer that was cut is an error, never an end.
+pub struct PipeBody {
+    pipe: Rc<RefCell<Pipe>>,
+    pool: tokio::runtime::Handle,
+    reading: Option<JoinHandle<io::Result<Bytes>>>,
+    /// Of a told Content-Length.
+    left: Option<u64>,
+}
+
+impl PipeBody {
+    fn give(&mut self, bytes: Bytes) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
+        if let Some(left) = &mut self.left {
+            match left.checked_sub(bytes.len() as u64) {
+                Some(rest) => *left = rest,
+                None => return Poll::Ready(Some(Err(io::Error::other("more bytes than Content-Length told")))),
+            }
+        }
+        Poll::Ready(Some(Ok(Frame::data(bytes))))
+    }
+}
+
+impl Body for PipeBody {
+    type Data = Bytes;
+    type Error = io::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
+        if let Some(reading) = &mut self.reading {
+            let read = ready!(Pin::new(reading).poll(cx));
+            self.reading = None;
+            let bytes = read.map_err(io::Error::other)??;
+            {
+                let pipe = &mut *self.pipe.borrow_mut();
+                if let Some(spill) = &mut pipe.spill {
+                    spill.read += bytes.len() as u64;
+                }
+                wake(&mut pipe.writer);
+            }
+            return self.give(bytes);
+        }
+        let next = {
+            let pipe = &mut *self.pipe.borrow_mut();
+            if let Some(bytes) = pipe.queue.pop_front() {
+                pipe.queued -= bytes.len();
+                pipe.memory.shrink(bytes.len());
+                wake(&mut pipe.writer);
+                Some(bytes)
+            } else if let Some(spill) = pipe.spill.as_ref().filter(|s| !s.is_read()) {
+                self.reading = Some(spill.file.read(&self.pool, spill.read, spill.written));
+                None
+            } else {
+                match &pipe.ended {
+                    Some(Ok(())) if self.left.is_some_and(|left| left > 0) => {
+                        return Poll::Ready(Some(Err(io::Error::other("fewer bytes than Content-Length told"))));
+                    }
+                    Some(Ok(())) => return Poll::Ready(None),
+                    Some(Err(error)) => return Poll::Ready(Some(Err(io::Error::other(error.clone())))),
+                    None => {
+                        pipe.reader = Some(cx.waker().clone());
+                        return Poll::Pending;
+                    }
+                }
+            }
+        };
+        match next {
+            Some(bytes) => self.give(bytes),
+            None => self.as_mut().poll_frame(cx),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.left.map(SizeHint::with_exact).unwrap_or_default()
+    }
+}
+
+impl Drop for PipeBody {
+    fn drop(&mut self) {
+        let mut pipe = self.pipe.borrow_mut();
+        pipe.reader_gone = true;
+        pipe.queue.clear();
+        pipe.memory.clear();
+        wake(&mut pipe.writer);
+    }
+}

@@ -1,0 +1,197 @@
+//! Host and path to site, route and target. Pure: bytes in, a decision out; `files` asks the file system where the
+//! decision needs it.
+//!
+//! The order of a request: [`site`], [`normalize`], [`route`], [`target`].
+
+use std::{borrow::Cow, sync::Arc};
+
+use http::{Method, StatusCode};
+
+use crate::model::{
+    Route, Site, SiteTable,
+    site::{Files, Pattern, ScriptPattern},
+};
+
+mod normalize;
+mod scripts;
+mod try_files;
+
+pub use normalize::normalize;
+pub use scripts::{declared_script, looks_like_php};
+pub(crate) use try_files::encode;
+
+/// The site for an authority: port and trailing dot do not count, nor does case. An exact host, else the longest
+/// `*.example.com` (one label or more in place of the star), else the default site.
+pub fn site<'a>(table: &'a SiteTable, host: &str) -> Option<&'a Arc<Site>> {
+    let name = without_port(host);
+    let name = name.strip_suffix('.').unwrap_or(name);
+    let lower;
+    let name = if name.bytes().any(|byte| byte.is_ascii_uppercase()) {
+        lower = name.to_ascii_lowercase();
+        &lower
+    } else {
+        name
+    };
+    let wildcard = |(suffix, _): &&(String, Arc<Site>)| name.len() > suffix.len() && name.ends_with(suffix.as_str());
+    table
+        .exact
+        .get(name)
+        .or_else(|| table.wildcard.iter().find(wildcard).map(|(_, site)| site))
+        .or(table.default.as_ref())
+}
+
+fn without_port(host: &str) -> &str {
+    if host.starts_with('[') {
+        return host.find(']').and_then(|end| host.get(..=end)).unwrap_or(host);
+    }
+    host.split_once(':').map_or(host, |(name, _)| name)
+}
+
+/// The longest exact path whose methods match, else in the file's order the first prefix or expression that does,
+/// else the site's default. `path` is a normalized one. A route for GET is one for HEAD too, as in Nginx.
+pub fn route<'a>(site: &'a Site, method: &Method, path: &[u8]) -> &'a Arc<Route> {
+    let takes = |route: &&Arc<Route>| {
+        route.methods.is_empty()
+            || route.methods.contains(method)
+            || *method == Method::HEAD && route.methods.contains(&Method::GET)
+    };
+    // Expressions are over text. Bytes that are none show as U+FFFD, so that such a path cannot slip past a
+    // `~^/private/` that refuses it.
+    let text = String::from_utf8_lossy(path);
+    if let Some(route) = site.exact.get(text.as_ref()).and_then(|routes| routes.iter().find(takes)) {
+        return route;
+    }
+    let fits = |route: &&Arc<Route>| match &route.pattern {
+        Pattern::Any => true,
+        Pattern::Exact(exact) => path == exact.as_bytes(),
+        Pattern::Prefix(prefix) => path.starts_with(prefix.as_bytes()),
+        Pattern::Regex(regex) => regex.is_match(&text),
+    };
+    site.ordered.iter().find(|route| takes(route) && fits(route)).unwrap_or(&site.default_route)
+}
+
+/// A script to run and what it is told of the path.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Script<'a> {
+    /// SCRIPT_NAME: from the root, with its leading `/`.
+    pub name: Cow<'a, str>,
+    /// What follows a declared script in the path; empty for `front`, an index and `try_files`, as Nginx's
+    /// `try_files $uri $uri/ /index.php?$query_string` leaves it: those find the path in REQUEST_URI.
+    pub path_info: &'a [u8],
+    /// QUERY_STRING where `try_files` rewrites it; `None`: the client's.
+    pub query: Option<String>,
+}
+
+impl<'a> Script<'a> {
+    fn named(name: &'a str) -> Self {
+        Script { name: Cow::Borrowed(name), path_info: b"", query: None }
+    }
+}
+
+/// Why a path that might exist is answered with 404. For the log alone: the client sees no difference.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// Nothing is there.
+    Missing,
+    /// A segment starts with a dot. 404 and not Nginx's customary 403, which tells that there is something.
+    Dotfile,
+    /// PHP that `scripts` does not declare. Where it exists on disk (`Files::exists`) the log should name the line
+    /// that would declare it.
+    UndeclaredScript,
+    /// A declared script on a route without an upstream.
+    NoUpstream,
+}
+
+/// What answers a request.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Target<'a> {
+    Script(Script<'a>),
+    /// The file system decides: `Files::serve`.
+    Lookup(Lookup<'a>),
+    /// `=CODE` of `try_files`.
+    Status(StatusCode),
+    NotFound(Refusal),
+}
+
+/// What to look for, in this order, and what answers if nothing is there.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Lookup<'a> {
+    pub steps: Vec<Step>,
+    pub otherwise: Otherwise<'a>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Otherwise<'a> {
+    Script(Script<'a>),
+    Status(StatusCode),
+    NotFound,
+}
+
+/// One look at the file system. Paths are normalized, start with `/` and lie under the root.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// A regular file is sent.
+    File(Vec<u8>),
+    /// A directory with one of these: without a closing `/` in the path a redirect adds it, else the index answers.
+    Directory { path: Vec<u8>, index: Vec<Index> },
+    /// A script that a glob declares: runs if the file is there.
+    Script(String),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Index {
+    /// A file's name.
+    File(String),
+    /// A script's full name. One that is declared by its exact path need not be here: the root on this machine may
+    /// hold no PHP.
+    Script { name: String, must_exist: bool },
+}
+
+/// Decides who answers. `path` is normalized, `query` the client's, `has_root` whether there is a root on this machine.
+///
+/// In order: the route's own `script`; a declared script; dot files and undeclared PHP, which are 404; then
+/// `try_files`, by default the file, the directory's index and, with `files = "or-front"`, the front controller.
+/// Unlike in Nginx a directory without any index falls through to what follows instead of being 403, so that an
+/// application may own a path under which there also is a folder of assets.
+pub fn target<'a>(site: &'a Site, route: &'a Route, path: &'a [u8], query: Option<&str>, has_root: bool) -> Target<'a> {
+    let run = |script| if route.upstream.is_some() { Target::Script(script) } else { Target::NotFound(Refusal::NoUpstream) };
+    if let Some(name) = &route.script {
+        let rest = path.strip_prefix(name.as_bytes()).filter(|rest| rest.starts_with(b"/"));
+        return run(Script { path_info: rest.unwrap_or_default(), ..Script::named(name) });
+    }
+    if let Some((name, path_info)) = declared_script(site, path) {
+        return run(Script { path_info, ..Script::named(name) });
+    }
+    if has_dotfile(path) {
+        return Target::NotFound(Refusal::Dotfile);
+    }
+    if looks_like_php(path) {
+        return Target::NotFound(Refusal::UndeclaredScript);
+    }
+    let mut plan = try_files::Plan::new(site, route, path, query.unwrap_or_default(), has_root);
+    match &route.try_files {
+        Some(list) => plan.list(list),
+        None => {
+            plan.try_file(path.to_vec());
+            plan.try_directory(path.to_vec(), path.ends_with(b"/"));
+            if route.files == Files::OrFront {
+                plan.front();
+            }
+        }
+    }
+    plan.target()
+}
+
+/// Any segment that starts with a dot, but for the registered `/.well-known/` (RFC 8615).
+fn has_dotfile(path: &[u8]) -> bool {
+    let rest = path.strip_prefix(b"/.well-known").filter(|rest| rest.is_empty() || rest.starts_with(b"/"));
+    memchr::memmem::find(rest.unwrap_or(path), b"/.").is_some()
+}
+
+/// A declared name without a star.
+fn is_exact(pattern: &ScriptPattern) -> bool {
+    !pattern.0.contains('*')
+}
+
+#[cfg(test)]
+mod tests;

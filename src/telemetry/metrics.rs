@@ -1,0 +1,500 @@
+//! Every metric: its name, labels and help, where it is counted, and how it is told.
+//!
+//! What requests count goes into a [`Shard`] of their own worker: plain values behind a mutex that only a scrape ever
+//! contends for, so counting costs no shared cache line. A scrape folds the shards. Gauges are asked for at the scrape.
+//! Labels come from the configuration or from fixed words, never from a client.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, RwLock,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet, text},
+    metrics::MetricType,
+    registry::Registry,
+};
+
+/// For the `Content-Type` of `/metrics`.
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// The values of the `phase` label, as in `lifecycle::Phase::name`.
+pub const PHASES: [&str; 6] = ["Starting", "Running", "LameDuck", "Draining", "Aborting", "Exited"];
+
+/// Upper bounds of the buckets of every histogram, in seconds; `+Inf` follows.
+pub const BUCKETS: [f64; 15] =
+    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
+
+/// Names a shard remembers. Reloads that keep inventing names end up under [`OTHER`].
+const MAX_NAMES: usize = 1024;
+/// Rows below one name: codes times sets, or sets times results.
+const MAX_ROWS: usize = 1024;
+const OTHER: &str = "other";
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Counter,
+    Gauge,
+    Histogram,
+}
+
+/// One metric family. A counter's name ends in `_total`.
+#[derive(Clone, Copy, Debug)]
+pub struct Definition {
+    pub name: &'static str,
+    pub kind: Kind,
+    pub labels: &'static [&'static str],
+    pub help: &'static str,
+}
+
+macro_rules! metrics {
+    ($($id:ident = $kind:ident $name:literal [$($label:literal),*] $help:literal;)*) => {
+        $(const $id: Definition =
+            Definition { name: $name, kind: Kind::$kind, labels: &[$($label),*], help: $help };)*
+        /// Every metric there is, in the order of the exposition; `docs/` is generated from it.
+        pub const METRICS: &[Definition] = &[$($id),*];
+    };
+}
+
+metrics! {
+    REQUESTS = Counter "slackwater_requests_total" ["site", "code", "upstream", "set"]
+        "Requests answered; code 499 is a client that left, upstream and set are empty for what PHP was not asked for.";
+    DURATION = Histogram "slackwater_request_duration_seconds" ["site"]
+        "Time from the end of the request head to the last byte of the answer.";
+    ERRORS = Counter "slackwater_errors_total" ["cause"] "Requests that got no answer of PHP's, by cause.";
+    SHED = Counter "slackwater_shed_total" ["reason"] "Requests and connections refused to protect the rest, by reason.";
+    CONNECTIONS = Gauge "slackwater_connections" [] "Client connections open now.";
+    ACCEPTED = Counter "slackwater_connections_accepted_total" [] "Client connections accepted.";
+    ATTEMPTS = Counter "slackwater_upstream_attempts_total" ["upstream", "set", "result"]
+        "Tries to have PHP answer a request; retries count again.";
+    QUEUE_WAIT = Histogram "slackwater_upstream_queue_wait_seconds" ["upstream"]
+        "Time that requests which had to queue waited for a worker of PHP.";
+    QUEUE_DEPTH = Gauge "slackwater_upstream_queue_depth" ["upstream"] "Requests waiting for a worker of PHP now.";
+    CAPACITY = Gauge "slackwater_upstream_capacity" ["upstream", "set"]
+        "FPM workers of the set's usable endpoints; absent where it is not known.";
+    BUSY = Gauge "slackwater_upstream_busy" ["upstream", "set"] "FPM workers that run a request of ours now.";
+    PARKED = Gauge "slackwater_upstream_parked" ["upstream", "set"] "FPM workers held by a kept connection without a request.";
+    SATURATION = Gauge "slackwater_upstream_saturation" ["upstream", "set"]
+        "Busy workers as a part of the capacity, 0 to 1; absent where that is not known.";
+    USABLE = Gauge "slackwater_upstream_endpoints_usable" ["upstream", "set"] "Endpoints that may be given requests.";
+    ACTIVE = Gauge "slackwater_upstream_active_set" ["upstream", "set"] "1 for the set that gets the traffic, else 0.";
+    PHASE = Gauge "slackwater_phase" ["phase"] "1 for the phase that the process is in, else 0.";
+    GENERATION = Gauge "slackwater_config_generation" [] "Number of the snapshot in force.";
+    RELOADS = Counter "slackwater_config_reloads_total" ["outcome"] "Reloads of the configuration, by outcome.";
+    SWAPS = Counter "slackwater_swaps_total" ["outcome"] "Turns of an upstream from one set to another, by outcome.";
+    BUFFER_MEMORY = Gauge "slackwater_buffer_memory_bytes" [] "Memory that buffered bodies take now.";
+    BUFFER_DISK = Gauge "slackwater_buffer_disk_bytes" [] "Disk that spilled bodies take now.";
+    LOG_LOST = Counter "slackwater_access_log_lost_total" [] "Access log lines lost because the log was not read or written fast enough.";
+    BUILD = Gauge "slackwater_build_info" ["version"] "Always 1.";
+}
+
+/// What only the moment of the scrape can tell.
+#[derive(Clone, Debug, Default)]
+pub struct Gauges {
+    /// One of [`PHASES`].
+    pub phase: &'static str,
+    pub generation: u64,
+    pub upstreams: Vec<UpstreamGauge>,
+    pub buffer_memory_bytes: u64,
+    pub buffer_disk_bytes: u64,
+}
+
+#[derive(Clone, Debug)]
+pub struct UpstreamGauge {
+    pub name: Arc<str>,
+    pub queued: u64,
+    pub sets: Vec<SetGauge>,
+}
+
+#[derive(Clone, Debug)]
+pub struct SetGauge {
+    pub name: Arc<str>,
+    pub active: bool,
+    pub capacity: Option<u64>,
+    pub busy: u64,
+    pub parked: u64,
+    pub usable: u64,
+    /// 0 to 1; `None` where the capacity is not known.
+    pub saturation: Option<f64>,
+}
+
+type Source = Box<dyn Fn() -> Gauges + Send + Sync>;
+
+/// All counters of the process.
+pub struct Metrics {
+    shards: Vec<Arc<Shard>>,
+    source: RwLock<Option<Source>>,
+    reloads: Mutex<Vec<(&'static str, u64)>>,
+    swaps: Mutex<Vec<(&'static str, u64)>>,
+    access_log_lost: AtomicU64,
+}
+
+impl Metrics {
+    /// One shard a worker, and at least one.
+    pub fn new(workers: usize) -> Arc<Metrics> {
+        Arc::new(Metrics {
+            shards: (0..workers.max(1)).map(|_| Arc::default()).collect(),
+            source: RwLock::new(None),
+            reloads: Mutex::default(),
+            swaps: Mutex::default(),
+            access_log_lost: AtomicU64::new(0),
+        })
+    }
+
+    /// The shard of a worker. A number that no worker has shares another's shard: dearer, not wrong.
+    pub fn shard(&self, worker: usize) -> Arc<Shard> {
+        Arc::clone(&self.shards[worker % self.shards.len()])
+    }
+
+    /// Who is asked for the gauges at each scrape. It must not call back into this `Metrics`.
+    pub fn set_source(&self, source: Source) {
+        *self.source.write().unwrap_or_else(PoisonError::into_inner) = Some(source);
+    }
+
+    pub fn reload(&self, outcome: &'static str) {
+        add(&mut lock(&self.reloads), outcome);
+    }
+
+    pub fn swap(&self, outcome: &'static str) {
+        add(&mut lock(&self.swaps), outcome);
+    }
+
+    /// `n` more lines lost.
+    pub fn access_log_lost(&self, n: u64) {
+        self.access_log_lost.fetch_add(n, Ordering::Relaxed);
+    }
+
+    /// The whole exposition, in OpenMetrics text; see [`CONTENT_TYPE`].
+    pub fn encode(&self) -> String {
+        let mut registry = Registry::default();
+        registry.register_collector(Box::new(self.fold()));
+        let mut out = String::with_capacity(16 << 10);
+        // The only errors are those of the String, which has none.
+        let _ = text::encode(&mut out, &registry);
+        out
+    }
+
+    fn fold(&self) -> Scrape {
+        let source = self.source.read().unwrap_or_else(PoisonError::into_inner);
+        let mut scrape = Scrape {
+            gauges: source.as_ref().map(|ask| ask()).unwrap_or_default(),
+            reloads: lock(&self.reloads).clone(),
+            swaps: lock(&self.swaps).clone(),
+            access_log_lost: self.access_log_lost.load(Ordering::Relaxed),
+            ..Scrape::default()
+        };
+        for shard in &self.shards {
+            // Closed first: the other order could show a connection as closed that was never opened.
+            let closed = shard.closed.load(Ordering::Acquire);
+            let opened = shard.opened.load(Ordering::Acquire);
+            scrape.connections += opened.saturating_sub(closed);
+            scrape.accepted += opened;
+            let counts = lock(&shard.counts);
+            for (site, cell) in &counts.sites.values {
+                scrape.durations.entry(Arc::clone(site)).or_default().merge(&cell.duration);
+                for (row, n) in &cell.requests {
+                    *scrape.requests.entry((Arc::clone(site), row.clone())).or_default() += n;
+                }
+            }
+            for (upstream, cell) in &counts.upstreams.values {
+                scrape.queue_waits.entry(Arc::clone(upstream)).or_default().merge(&cell.queue_wait);
+                for ((set, result), n) in &cell.attempts {
+                    *scrape.attempts.entry((Arc::clone(upstream), Arc::clone(set), result)).or_default() += n;
+                }
+            }
+            for (cause, n) in &counts.errors {
+                *scrape.errors.entry(cause).or_default() += n;
+            }
+            for (reason, n) in &counts.shed {
+                *scrape.shed.entry(reason).or_default() += n;
+            }
+        }
+        scrape
+    }
+}
+
+/// What one worker counts.
+#[derive(Default)]
+pub struct Shard {
+    counts: Mutex<Counts>,
+    opened: AtomicU64,
+    closed: AtomicU64,
+}
+
+#[derive(Default)]
+struct Counts {
+    sites: Named<SiteCounts>,
+    upstreams: Named<UpstreamCounts>,
+    errors: Vec<(&'static str, u64)>,
+    shed: Vec<(&'static str, u64)>,
+}
+
+/// Code (0: any other), upstream and set.
+type RequestRow = (u16, Arc<str>, Arc<str>);
+
+#[derive(Default)]
+struct SiteCounts {
+    duration: Histogram,
+    /// Few enough to look through.
+    requests: Vec<(RequestRow, u64)>,
+}
+
+#[derive(Default)]
+struct UpstreamCounts {
+    queue_wait: Histogram,
+    attempts: Vec<((Arc<str>, &'static str), u64)>,
+}
+
+impl Shard {
+    /// A request has ended. `upstream` and `set` are empty where PHP was not asked. Allocates only for a new row.
+    pub fn request(&self, site: &str, code: u16, upstream: &str, set: &str, seconds: f64) {
+        let mut counts = lock(&self.counts);
+        let cell = counts.sites.get(site);
+        cell.duration.observe(seconds);
+        // PHP chooses the code: whatever it invents beyond the registered classes shares one row.
+        let code = if (100..600).contains(&code) { code } else { 0 };
+        let known = |(row, _): &(RequestRow, u64)| row.0 == code && *row.1 == *upstream && *row.2 == *set;
+        let other = |(row, _): &(RequestRow, u64)| row.0 == 0 && *row.1 == *OTHER;
+        let rows = &mut cell.requests;
+        let full = rows.len() >= MAX_ROWS;
+        match rows.iter().position(known).or_else(|| rows.iter().position(other).filter(|_| full)) {
+            Some(at) => rows[at].1 += 1,
+            None if full => rows.push(((0, OTHER.into(), OTHER.into()), 1)),
+            None => rows.push(((code, upstream.into(), set.into()), 1)),
+        }
+    }
+
+    /// PHP has been tried once.
+    pub fn attempt(&self, upstream: &str, set: &str, result: &'static str) {
+        let mut counts = lock(&self.counts);
+        let rows = &mut counts.upstreams.get(upstream).attempts;
+        match rows.iter().position(|((s, r), _)| **s == *set && *r == result) {
+            Some(at) => rows[at].1 += 1,
+            None if rows.len() < MAX_ROWS => rows.push(((set.into(), result), 1)),
+            None => {}
+        }
+    }
+
+    /// A request has left the queue, granted or not.
+    pub fn queue_wait(&self, upstream: &str, waited: Duration) {
+        lock(&self.counts).upstreams.get(upstream).queue_wait.observe(waited.as_secs_f64());
+    }
+
+    /// `cause` is `error::Kind::cause`.
+    pub fn error(&self, cause: &'static str) {
+        add(&mut lock(&self.counts).errors, cause);
+    }
+
+    pub fn shed(&self, reason: &'static str) {
+        add(&mut lock(&self.counts).shed, reason);
+    }
+
+    pub fn connection_opened(&self) {
+        self.opened.fetch_add(1, Ordering::Release);
+    }
+
+    pub fn connection_closed(&self) {
+        self.closed.fetch_add(1, Ordering::Release);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Keys are words of the program, so their number is fixed.
+fn add(rows: &mut Vec<(&'static str, u64)>, key: &'static str) {
+    match rows.iter_mut().find(|(known, _)| *known == key) {
+        Some((_, n)) => *n += 1,
+        None => rows.push((key, 1)),
+    }
+}
+
+/// Values by a name of the configuration.
+#[derive(Default)]
+struct Named<V> {
+    index: HashMap<Arc<str>, usize>,
+    values: Vec<(Arc<str>, V)>,
+}
+
+impl<V: Default> Named<V> {
+    fn get(&mut self, name: &str) -> &mut V {
+        let at = match self.index.get(name) {
+            Some(&at) => at,
+            None if self.values.len() > MAX_NAMES => MAX_NAMES,
+            None => {
+                let name = if self.values.len() == MAX_NAMES { OTHER } else { name };
+                let name: Arc<str> = name.into();
+                self.values.push((Arc::clone(&name), V::default()));
+                self.index.insert(name, self.values.len() - 1);
+                self.values.len() - 1
+            }
+        };
+        &mut self.values[at].1
+    }
+}
+
+#[derive(Clone, Default)]
+struct Histogram {
+    /// One more than [`BUCKETS`], for `+Inf`.
+    counts: [u64; BUCKETS.len() + 1],
+    sum: f64,
+}
+
+impl Histogram {
+    fn observe(&mut self, seconds: f64) {
+        self.counts[BUCKETS.partition_point(|bound| *bound < seconds)] += 1;
+        self.sum += seconds;
+    }
+
+    fn merge(&mut self, other: &Histogram) {
+        for (mine, theirs) in self.counts.iter_mut().zip(other.counts) {
+            *mine += theirs;
+        }
+        self.sum += other.sum;
+    }
+}
+
+/// Everything at one moment, in the order it is told.
+#[derive(Default)]
+struct Scrape {
+    requests: BTreeMap<(Arc<str>, RequestRow), u64>,
+    durations: BTreeMap<Arc<str>, Histogram>,
+    errors: BTreeMap<&'static str, u64>,
+    shed: BTreeMap<&'static str, u64>,
+    attempts: BTreeMap<(Arc<str>, Arc<str>, &'static str), u64>,
+    queue_waits: BTreeMap<Arc<str>, Histogram>,
+    connections: u64,
+    accepted: u64,
+    reloads: Vec<(&'static str, u64)>,
+    swaps: Vec<(&'static str, u64)>,
+    access_log_lost: u64,
+    gauges: Gauges,
+}
+
+impl fmt::Debug for Scrape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Scrape")
+    }
+}
+
+impl Collector for Scrape {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        for definition in METRICS {
+            // OpenMetrics names a counter's family without the suffix, and the encoder adds it.
+            let (name, kind) = match definition.kind {
+                Kind::Counter => (definition.name.trim_end_matches("_total"), MetricType::Counter),
+                Kind::Gauge => (definition.name, MetricType::Gauge),
+                Kind::Histogram => (definition.name, MetricType::Histogram),
+            };
+            let help = definition.help;
+            let encoder = encoder.encode_descriptor(name, help, None, kind)?;
+            self.rows(&mut Rows { definition, encoder })?;
+        }
+        Ok(())
+    }
+}
+
+impl Scrape {
+    fn rows(&self, out: &mut Rows<'_>) -> fmt::Result {
+        match out.definition.name {
+            name if name == REQUESTS.name => {
+                for ((site, (code, upstream, set)), n) in &self.requests {
+                    let mut digits = itoa::Buffer::new();
+                    let code = if *code == 0 { OTHER } else { digits.format(*code) };
+                    out.counter(&[site, code, upstream, set], *n)?;
+                }
+                Ok(())
+            }
+            name if name == DURATION.name => self.durations.iter().try_for_each(|(site, h)| out.histogram(&[site], h)),
+            name if name == ERRORS.name => self.errors.iter().try_for_each(|(cause, n)| out.counter(&[cause], *n)),
+            name if name == SHED.name => self.shed.iter().try_for_each(|(reason, n)| out.counter(&[reason], *n)),
+            name if name == CONNECTIONS.name => out.gauge(&[], self.connections),
+            name if name == ACCEPTED.name => out.counter(&[], self.accepted),
+            name if name == ATTEMPTS.name => {
+                self.attempts.iter().try_for_each(|((upstream, set, result), n)| out.counter(&[upstream, set, result], *n))
+            }
+            name if name == QUEUE_WAIT.name => {
+                self.queue_waits.iter().try_for_each(|(upstream, h)| out.histogram(&[upstream], h))
+            }
+            name if name == QUEUE_DEPTH.name => {
+                self.gauges.upstreams.iter().try_for_each(|u| out.gauge(&[&u.name], u.queued))
+            }
+            name if name == PHASE.name => {
+                let phase = self.gauges.phase;
+                PHASES.iter().try_for_each(|known| out.gauge(&[known], u64::from(*known == phase)))
+            }
+            name if name == GENERATION.name => out.gauge(&[], self.gauges.generation),
+            name if name == RELOADS.name => self.reloads.iter().try_for_each(|(outcome, n)| out.counter(&[outcome], *n)),
+            name if name == SWAPS.name => self.swaps.iter().try_for_each(|(outcome, n)| out.counter(&[outcome], *n)),
+            name if name == BUFFER_MEMORY.name => out.gauge(&[], self.gauges.buffer_memory_bytes),
+            name if name == BUFFER_DISK.name => out.gauge(&[], self.gauges.buffer_disk_bytes),
+            name if name == LOG_LOST.name => out.counter(&[], self.access_log_lost),
+            name if name == BUILD.name => out.gauge(&[env!("CARGO_PKG_VERSION")], 1),
+            name => self.set_rows(name, out),
+        }
+    }
+
+    fn set_rows(&self, name: &str, out: &mut Rows<'_>) -> fmt::Result {
+        for upstream in &self.gauges.upstreams {
+            for set in &upstream.sets {
+                let labels = [&*upstream.name, &*set.name];
+                match name {
+                    name if name == CAPACITY.name => set.capacity.map_or(Ok(()), |n| out.gauge(&labels, n))?,
+                    name if name == BUSY.name => out.gauge(&labels, set.busy)?,
+                    name if name == PARKED.name => out.gauge(&labels, set.parked)?,
+                    name if name == SATURATION.name => set.saturation.map_or(Ok(()), |part| out.fraction(&labels, part))?,
+                    name if name == USABLE.name => out.gauge(&labels, set.usable)?,
+                    name if name == ACTIVE.name => out.gauge(&labels, u64::from(set.active))?,
+                    _ => {}
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The rows of one family; label values stand in the order of the definition.
+struct Rows<'a> {
+    definition: &'static Definition,
+    encoder: MetricEncoder<'a>,
+}
+
+impl Rows<'_> {
+    fn row(&mut self, values: &[&str], write: impl FnOnce(&mut MetricEncoder<'_>) -> fmt::Result) -> fmt::Result {
+        debug_assert_eq!(values.len(), self.definition.labels.len());
+        if values.is_empty() {
+            return write(&mut self.encoder);
+        }
+        let labels: Vec<(&str, &str)> = self.definition.labels.iter().copied().zip(values.iter().copied()).collect();
+        write(&mut self.encoder.encode_family(&labels)?)
+    }
+
+    fn counter(&mut self, labels: &[&str], value: u64) -> fmt::Result {
+        self.row(labels, |row| row.encode_counter::<NoLabelSet, u64, f64>(&value, None))
+    }
+
+    fn gauge(&mut self, labels: &[&str], value: u64) -> fmt::Result {
+        self.row(labels, |row| row.encode_gauge(&i64::try_from(value).unwrap_or(i64::MAX)))
+    }
+
+    fn fraction(&mut self, labels: &[&str], value: f64) -> fmt::Result {
+        self.row(labels, |row| row.encode_gauge(&value))
+    }
+
+    fn histogram(&mut self, labels: &[&str], histogram: &Histogram) -> fmt::Result {
+        let bounds = BUCKETS.into_iter().chain([f64::INFINITY]);
+        let buckets: Vec<(f64, u64)> = bounds.zip(histogram.counts).collect();
+        let count = histogram.counts.iter().sum();
+        self.row(labels, |row| row.encode_histogram::<NoLabelSet>(histogram.sum, count, &buckets, None))
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,312 @@
+//! From "this request is for upstream X" to a slot of one endpoint, in one synchronous step on the current snapshot.
+//!
+//! The order: a parked lease of this worker, a free slot, a parked lease of another worker (closed for us), the queue.
+//! A request that need not wait takes no lock that workers share.
+
+use std::{
+    cell::{Cell, RefCell},
+    rc::Rc,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use tokio::{sync::Notify, time::Instant};
+
+use super::{
+    admission::Waiter,
+    balance::{self, Load},
+    endpoint::{Endpoint, Slot},
+    snapshot::{Set, Upstream},
+    store::{Store, Task, Workers},
+};
+use crate::{
+    error::{Error, Kind},
+    fastcgi::{
+        exchange::Conn,
+        pool::{Pool, Terms},
+        reaper::Reaper,
+    },
+    model::upstream::{Balance, LeasePolicy},
+};
+
+/// Expired leases are closed at most so often.
+const SWEEP_RESOLUTION: Duration = Duration::from_millis(5);
+
+/// Milliseconds since the process began to ask: the clock of health.
+pub fn now_ms() -> u64 {
+    static START: OnceLock<Instant> = OnceLock::new();
+    u64::try_from(START.get_or_init(Instant::now).elapsed().as_millis()).unwrap_or(u64::MAX)
+}
+
+/// What a request wants of dispatch.
+pub struct Want<'a> {
+    pub upstream: &'a str,
+    /// Must not run twice: only a settled lease will do.
+    pub once: bool,
+    /// For `balance = "hash:..."`.
+    pub key: &'a [u8],
+    /// Endpoints that have failed this request already.
+    pub tried: &'a [u64],
+    /// When the request began to want a slot: the queue's deadline counts from here, retries included.
+    pub since: Instant,
+}
+
+/// A dispatched request: its slot, and through its upstream the Activation that it holds.
+#[derive(Debug)]
+pub struct Ticket {
+    /// A kept connection, where there was one. Before the slot: closed first, given back then.
+    pub conn: Option<Conn>,
+    pub slot: Slot,
+    pub set: Arc<Set>,
+    pub upstream: Arc<Upstream>,
+    pub waited: Duration,
+}
+
+impl Ticket {
+    pub fn endpoint(&self) -> &Arc<Endpoint> {
+        &self.slot.endpoint
+    }
+}
+
+enum NoTicket {
+    NoUpstream,
+    /// Every usable endpoint is full, or others wait already.
+    Full(Arc<Upstream>),
+    /// There is no endpoint that this request may try.
+    NoEndpoint(Arc<Upstream>),
+}
+
+/// The way to upstreams of one worker.
+pub struct Dispatcher {
+    pub worker: usize,
+    pub store: Arc<Store>,
+    pub reaper: Reaper,
+    workers: Workers,
+    pool: RefCell<Pool<Slot>>,
+    parked: Notify,
+    turn: Cell<usize>,
+}
+
+impl Dispatcher {
+    pub fn new(worker: usize, store: Arc<Store>, workers: Workers) -> Self {
+        Dispatcher {
+            worker,
+            store,
+            workers,
+            pool: RefCell::default(),
+            reaper: Reaper::default(),
+            parked: Notify::new(),
+            turn: Cell::new(worker),
+        }
+    }
+
+    /// A slot, after waiting in the queue if need be. The error says why there is none: 503.
+    pub async fn acquire(&self, want: &Want<'_>) -> Result<Ticket, Error> {
+        let (upstream, none) = match self.dispatch(want, true) {
+            Ok(ticket) => return Ok(ticket),
+            Err(NoTicket::NoUpstream) => {
+                return Err(Error::new(Kind::NoUpstream, format!("upstream {} is not there", want.upstream)));
+            }
+            Err(NoTicket::Full(upstream)) => (upstream, false),
+            Err(NoTicket::NoEndpoint(upstream)) => (upstream, true),
+        };
+        let exhausted = |kind| {
+            let what = if none { "no usable endpoint" } else { "all workers are busy" };
+            Error::new(kind, format!("upstream {}: {what}", want.upstream))
+        };
+        let policy = upstream.policy.queue;
+        let Some(max) = policy.max else { return Err(exhausted(if none { Kind::NoEndpoint } else { Kind::QueueFull })) };
+        if none && !want.tried.is_empty() {
+            return Err(exhausted(Kind::NoEndpoint));
+        }
+        let waiter = upstream.queue.join(self.worker, max).map_err(|waiting| {
+            Error::new(Kind::QueueFull, format!("upstream {}: {waiting} requests wait already", want.upstream))
+        })?;
+        self.ask_for_leases(&upstream.active);
+        if !waiter.is_next() {
+            // Joined, then looked: whoever is at the head takes what became free in between.
+            upstream.wake_for_free_slots();
+        }
+        // An Arc<Upstream> held while waiting would keep a set from draining.
+        drop(upstream);
+
+        let deadline = want.since + policy.timeout;
+        if waiter.is_next()
+            && let Ok(ticket) = self.dispatch(want, false)
+        {
+            return Ok(self.settle(waiter, ticket, want.since));
+        }
+        let timeout = tokio::time::sleep_until(deadline);
+        tokio::pin!(timeout);
+        loop {
+            tokio::select! {
+                biased;
+                () = waiter.granted() => {}
+                () = &mut timeout => return Err(exhausted(if none { Kind::NoEndpoint } else { Kind::QueueTimeout })),
+            }
+            if let Ok(ticket) = self.dispatch(want, false) {
+                return Ok(self.settle(waiter, ticket, want.since));
+            }
+            waiter.again();
+            // A slot given back between the look and `again` woke nobody.
+            if let Ok(ticket) = self.dispatch(want, false) {
+                return Ok(self.settle(waiter, ticket, want.since));
+            }
+        }
+    }
+
+    fn settle(&self, waiter: Waiter, mut ticket: Ticket, since: Instant) -> Ticket {
+        ticket.waited = since.elapsed();
+        waiter.settle();
+        // A wake-up may have come for another slot than the one taken.
+        ticket.upstream.wake_for_free_slots();
+        ticket
+    }
+
+    /// One look at the current snapshot.
+    fn dispatch(&self, want: &Want<'_>, newcomer: bool) -> Result<Ticket, NoTicket> {
+        let snapshot = self.store.load();
+        let upstream = snapshot.upstreams.get(want.upstream).ok_or(NoTicket::NoUpstream)?;
+        if newcomer && upstream.queue.waiting() > 0 {
+            return Err(NoTicket::Full(upstream.clone()));
+        }
+        let set = &upstream.active;
+        let now = now_ms();
+        let may_try = |e: &Endpoint| !e.is_disabled() && !want.tried.contains(&e.id);
+        // Ejection never empties a set: where nobody is usable everybody is tried.
+        let all = !set.endpoints.iter().any(|e| may_try(e) && e.is_usable(now));
+        if all && !set.endpoints.iter().any(|e| may_try(e)) {
+            return Err(NoTicket::NoEndpoint(upstream.clone()));
+        }
+        let usable = |e: &Endpoint| may_try(e) && (all || e.is_usable(now));
+        let turn = self.turn.get();
+        self.turn.set(turn.wrapping_add(1));
+
+        let load = |index: usize| match set.endpoints.get(index) {
+            Some(e) => Load { used: e.used(), capacity: e.capacity(), usable: usable(e), free: e.has_free_slot() },
+            None => Load { used: 0, capacity: None, usable: false, free: false },
+        };
+        let count = set.endpoints.len();
+        let taken = match &upstream.policy.balance {
+            Balance::LeastBusy => self.lease_of_any(set, want, usable).or_else(|| {
+                // Another worker may take the slot between the look and the taking.
+                (0..count).find_map(|_| self.slot_of(set, balance::least_busy(count, turn, load)?, want, upstream))
+            }),
+            Balance::RoundRobin => (0..count).find_map(|k| {
+                let index = turn.wrapping_add(k) % count;
+                load(index).usable.then(|| self.slot_of(set, index, want, upstream))?
+            }),
+            Balance::HashAddress | Balance::HashCookie(_) => set.ring.as_ref().and_then(|ring| {
+                // The ring repeats itself; each endpoint is looked at once at the most.
+                ring.order(want.key).take(count * 4).filter(|i| load(*i).usable).find_map(|i| self.slot_of(set, i, want, upstream))
+            }),
+        };
+        let (slot, conn) = taken.ok_or_else(|| NoTicket::Full(upstream.clone()))?;
+        Ok(Ticket { slot, upstream: upstream.clone(), set: set.clone(), conn, waited: Duration::ZERO })
+    }
+
+    /// The warmest lease of this worker to an endpoint of the set.
+    fn lease_of_any(&self, set: &Set, want: &Want<'_>, usable: impl Fn(&Endpoint) -> bool) -> Option<(Slot, Option<Conn>)> {
+        let id = {
+            let pool = self.pool.borrow();
+            if pool.is_empty() {
+                return None;
+            }
+            pool.warmest(|id| set.has(id) && set.endpoints.iter().any(|e| e.id == id && usable(e)))?
+        };
+        self.lease_of(id, want)
+    }
+
+    fn lease_of(&self, endpoint: u64, want: &Want<'_>) -> Option<(Slot, Option<Conn>)> {
+        let (conn, slot) = self.pool.borrow_mut().take(endpoint)?;
+        slot.endpoint.count_parked(self.worker, false);
+        let fit = if want.once { conn.is_settled(Instant::now()) } else { conn.looks_quiet() };
+        // One that may not be used is closed, and its slot connected anew.
+        Some((slot, fit.then_some(conn)))
+    }
+
+    /// A lease or a free slot of the endpoint at `index`.
+    fn slot_of(&self, set: &Set, index: usize, want: &Want<'_>, upstream: &Upstream) -> Option<(Slot, Option<Conn>)> {
+        let endpoint = set.endpoints.get(index)?;
+        if upstream.policy.lease.is_some()
+            && let Some(found) = self.lease_of(endpoint.id, want)
+        {
+            return Some(found);
+        }
+        endpoint.try_take(&upstream.queue).map(|slot| (slot, None))
+    }
+
+    /// Asks one other worker for each endpoint where it keeps a connection to close one.
+    fn ask_for_leases(&self, set: &Set) {
+        for endpoint in &set.endpoints {
+            if let Some(worker) = endpoint.parked_elsewhere(self.worker) {
+                // Lost where its channel is full: leases end by themselves within `lease.idle`.
+                self.workers.try_post(worker, Task::Unpark(endpoint.id));
+            }
+        }
+    }
+
+    /// The request is over: the connection is kept if it may be and nobody waits for the slot, else both end here.
+    pub fn finish(&self, ticket: Ticket, conn: Option<Conn>) {
+        let Ticket { slot, upstream, .. } = ticket;
+        let (Some(conn), Some(policy)) = (conn, &upstream.policy.lease) else { return };
+        let terms = terms(policy);
+        let endpoint = slot.endpoint.clone();
+        if endpoint.capacity().is_none() || endpoint.is_disabled() || !Pool::<Slot>::fits(&conn, &terms, Instant::now()) {
+            return;
+        }
+        let queue = &upstream.queue;
+        match queue.next_worker() {
+            Some(worker) if worker != self.worker => return,
+            next => {
+                self.pool.borrow_mut().park(endpoint.id, conn, slot, &terms);
+                endpoint.count_parked(self.worker, true);
+                self.parked.notify_one();
+                if next.is_some() {
+                    // One of ours is next: it finds the connection here.
+                    queue.wake_one();
+                } else if queue.waiting() > 0 {
+                    // Somebody joined between the look and the parking.
+                    self.unpark(endpoint.id);
+                }
+            }
+        }
+    }
+
+    /// Closes the oldest lease to `endpoint`: somebody waits for its slot.
+    pub fn unpark(&self, endpoint: u64) {
+        let taken = self.pool.borrow_mut().take_oldest(endpoint);
+        if let Some((conn, slot)) = taken {
+            slot.endpoint.count_parked(self.worker, false);
+            drop(conn);
+            drop(slot);
+        }
+    }
+
+    /// Closes leases as they end. Runs as long as the worker does.
+    pub async fn sweep(self: Rc<Self>) {
+        loop {
+            if self.pool.borrow().is_empty() {
+                self.parked.notified().await;
+            }
+            let mut over = Vec::new();
+            let next = self.pool.borrow_mut().sweep(Instant::now(), |_| false, |conn, slot| over.push((conn, slot)));
+            for (conn, slot) in over {
+                slot.endpoint.count_parked(self.worker, false);
+                drop(conn);
+                drop(slot);
+            }
+            let earliest = Instant::now() + SWEEP_RESOLUTION;
+            tokio::time::sleep_until(next.map_or(earliest, |n| n.max(earliest))).await;
+        }
+    }
+
+    /// Connections kept now.
+    pub fn leases(&self) -> usize {
+        self.pool.borrow().len()
+    }
+}
+
+fn terms(policy: &LeasePolicy) -> Terms {
+    Terms { requests: policy.requests, age: policy.age, idle: policy.idle }
+}

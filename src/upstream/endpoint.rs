@@ -1,0 +1,264 @@
+//! One FPM pod: its slots, leases, counters and health. It outlives snapshots and is known by its address.
+//!
+//! A slot is a worker of the pod. It is taken before connect() and given back by our close(), or passes on with a kept
+//! connection. `used` counts taken slots, `parked` those of them that idle in a lease; the rest is busy.
+
+use std::sync::{
+    Arc, Mutex, MutexGuard, PoisonError, Weak,
+    atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+};
+
+use tokio::sync::Notify;
+
+use super::{admission::Queue, health::Health};
+use crate::model::Address;
+
+/// Capacity not told and not learned yet: nothing is parked, nothing queued.
+const UNKNOWN: u32 = 0;
+
+#[derive(Debug)]
+pub struct Endpoint {
+    pub id: u64,
+    pub address: Address,
+    capacity: AtomicU32,
+    used: AtomicU32,
+    /// By worker; only that worker writes its own.
+    parked: Box<[AtomicU32]>,
+    disabled: AtomicBool,
+    /// A mirror of `health` for the path of a request: 0 is usable, else not before this time.
+    unusable_until_ms: AtomicU64,
+    failures: AtomicU32,
+    health: Mutex<Health>,
+    /// A probe waits for the next slot that is given back.
+    probe_waits: AtomicBool,
+    pub(super) probe_granted: Notify,
+    pub served: AtomicU64,
+    /// Milliseconds of the last answer to a user: a ping is skipped while there are any.
+    pub last_answer_ms: AtomicU64,
+    /// Queues of further upstreams that name this address.
+    shared_with: Mutex<Vec<Weak<Queue>>>,
+    is_shared: AtomicBool,
+}
+
+impl Endpoint {
+    pub fn new(id: u64, address: Address, workers: usize) -> Self {
+        Endpoint {
+            id,
+            address,
+            capacity: AtomicU32::new(UNKNOWN),
+            used: AtomicU32::new(0),
+            parked: (0..workers).map(|_| AtomicU32::new(0)).collect(),
+            disabled: AtomicBool::new(false),
+            unusable_until_ms: AtomicU64::new(0),
+            failures: AtomicU32::new(0),
+            health: Mutex::new(Health::default()),
+            probe_waits: AtomicBool::new(false),
+            probe_granted: Notify::new(),
+            served: AtomicU64::new(0),
+            last_answer_ms: AtomicU64::new(0),
+            shared_with: Mutex::new(Vec::new()),
+            is_shared: AtomicBool::new(false),
+        }
+    }
+
+    /// FPM's workers behind this address; `None`: not known.
+    pub fn capacity(&self) -> Option<u32> {
+        match self.capacity.load(Ordering::Relaxed) {
+            UNKNOWN => None,
+            n => Some(n),
+        }
+    }
+
+    pub fn set_capacity(&self, capacity: Option<u32>) {
+        self.capacity.store(capacity.unwrap_or(UNKNOWN), Ordering::SeqCst);
+    }
+
+    /// Slots taken: busy and parked.
+    pub fn used(&self) -> u32 {
+        self.used.load(Ordering::Relaxed)
+    }
+
+    pub fn parked(&self) -> u32 {
+        self.parked.iter().map(|p| p.load(Ordering::Relaxed)).sum()
+    }
+
+    pub fn busy(&self) -> u32 {
+        self.used().saturating_sub(self.parked())
+    }
+
+    pub fn has_free_slot(&self) -> bool {
+        let capacity = self.capacity.load(Ordering::SeqCst);
+        capacity == UNKNOWN || self.used.load(Ordering::SeqCst) < capacity
+    }
+
+    /// Takes one slot if one is free.
+    pub fn try_take(self: &Arc<Self>, queue: &Arc<Queue>) -> Option<Slot> {
+        let capacity = self.capacity.load(Ordering::SeqCst);
+        self.used
+            .try_update(Ordering::SeqCst, Ordering::SeqCst, |used| {
+                (capacity == UNKNOWN || used < capacity).then(|| used.saturating_add(1))
+            })
+            .ok()
+            .map(|_| Slot { endpoint: self.clone(), queue: queue.clone() })
+    }
+
+    pub(super) fn count_parked(&self, worker: usize, up: bool) {
+        if let Some(parked) = self.parked.get(worker) {
+            if up {
+                parked.fetch_add(1, Ordering::SeqCst);
+            } else {
+                parked.fetch_sub(1, Ordering::SeqCst);
+            }
+        }
+    }
+
+    /// A worker other than `worker` that has a lease to this endpoint.
+    pub(super) fn parked_elsewhere(&self, worker: usize) -> Option<usize> {
+        self.parked.iter().enumerate().find(|(w, p)| *w != worker && p.load(Ordering::SeqCst) > 0).map(|(w, _)| w)
+    }
+
+    pub fn is_disabled(&self) -> bool {
+        self.disabled.load(Ordering::Relaxed)
+    }
+
+    /// By an operator: no new requests until enabled again.
+    pub fn set_disabled(&self, disabled: bool) {
+        self.disabled.store(disabled, Ordering::SeqCst);
+    }
+
+    /// On the path of a request: one load.
+    pub fn is_usable(&self, now_ms: u64) -> bool {
+        !self.is_disabled() && self.unusable_until_ms.load(Ordering::Relaxed) <= now_ms
+    }
+
+    fn lock_health(&self) -> MutexGuard<'_, Health> {
+        self.health.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn health(&self) -> Health {
+        *self.lock_health()
+    }
+
+    /// Changes what is known of its health; true if it has become usable by that.
+    pub fn update_health(&self, now_ms: u64, change: impl FnOnce(&mut Health)) -> bool {
+        let mut health = self.lock_health();
+        let before = health.is_usable(now_ms);
+        change(&mut health);
+        let after = health.is_usable(now_ms);
+        let until = if after {
+            0
+        } else if health.ejected_until_ms > now_ms && health.probe == super::health::Probe::None {
+            health.ejected_until_ms
+        } else {
+            u64::MAX
+        };
+        self.unusable_until_ms.store(until, Ordering::Relaxed);
+        self.failures.store(health.failures, Ordering::Relaxed);
+        after && !before
+    }
+
+    /// An answer to a user came.
+    pub fn answered(&self, now_ms: u64) {
+        self.last_answer_ms.store(now_ms, Ordering::Relaxed);
+        self.served.fetch_add(1, Ordering::Relaxed);
+        if self.failures.load(Ordering::Relaxed) != 0 {
+            self.update_health(now_ms, Health::succeeded);
+        }
+    }
+
+    pub(super) fn share_with(&self, queue: &Arc<Queue>) {
+        let mut queues = self.shared_with.lock().unwrap_or_else(PoisonError::into_inner);
+        queues.retain(|q| q.strong_count() > 0);
+        if !queues.iter().any(|q| std::ptr::eq(q.as_ptr(), Arc::as_ptr(queue))) {
+            queues.push(Arc::downgrade(queue));
+        }
+        self.is_shared.store(queues.len() > 1, Ordering::SeqCst);
+    }
+
+    /// A slot for a probe: a free one, else the next that is given back.
+    pub(super) async fn take_for_probe(self: &Arc<Self>, queue: &Arc<Queue>) -> Slot {
+        loop {
+            if let Some(slot) = self.try_take(queue) {
+                return slot;
+            }
+            self.probe_waits.store(true, Ordering::SeqCst);
+            if let Some(slot) = self.try_take(queue) {
+                self.probe_waits.store(false, Ordering::SeqCst);
+                return slot;
+            }
+            self.probe_granted.notified().await;
+        }
+    }
+
+    fn release(&self, queue: &Queue) {
+        self.used.fetch_sub(1, Ordering::SeqCst);
+        if self.probe_waits.swap(false, Ordering::SeqCst) {
+            self.probe_granted.notify_one();
+            return;
+        }
+        queue.wake_one();
+        if self.is_shared.load(Ordering::Relaxed) {
+            let queues = self.shared_with.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            for other in queues.iter().filter_map(Weak::upgrade) {
+                if !std::ptr::eq(&*other, queue) {
+                    other.wake_one();
+                }
+            }
+        }
+    }
+}
+
+/// One slot taken. Its drop gives it back and wakes whoever waits.
+#[derive(Debug)]
+pub struct Slot {
+    pub endpoint: Arc<Endpoint>,
+    pub queue: Arc<Queue>,
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.endpoint.release(&self.queue);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn endpoint(capacity: Option<u32>) -> (Arc<Endpoint>, Arc<Queue>) {
+        let endpoint = Arc::new(Endpoint::new(1, "127.0.0.1:9000".parse().unwrap(), 1));
+        endpoint.set_capacity(capacity);
+        (endpoint, Arc::new(Queue::default()))
+    }
+
+    #[test]
+    fn a_slot_is_taken_up_to_capacity_and_given_back_by_drop() {
+        let (endpoint, queue) = endpoint(Some(2));
+        let first = endpoint.try_take(&queue).unwrap();
+        let _second = endpoint.try_take(&queue).unwrap();
+        assert!(endpoint.try_take(&queue).is_none());
+        drop(first);
+        assert_eq!(endpoint.used(), 1);
+        assert!(endpoint.try_take(&queue).is_some());
+    }
+
+    #[test]
+    fn an_unknown_capacity_never_refuses() {
+        let (endpoint, queue) = endpoint(None);
+        let slots: Vec<_> = (0..100).map(|_| endpoint.try_take(&queue).unwrap()).collect();
+        assert_eq!(endpoint.used(), 100);
+        drop(slots);
+        assert_eq!(endpoint.used(), 0);
+    }
+
+    #[test]
+    fn ejection_is_seen_on_the_path_of_a_request_and_ends_by_itself() {
+        let (endpoint, _) = endpoint(None);
+        endpoint.update_health(0, |h| {
+            h.failed(0);
+            h.failed(0);
+        });
+        assert!(!endpoint.is_usable(500));
+        assert!(endpoint.is_usable(1_000));
+    }
+}

@@ -1,0 +1,161 @@
+//! The immutable Snapshot, and the Activation whose last holder's drop means that a set has drained.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use pingora_ketama::{Bucket, Continuum};
+
+use super::{admission::Queue, endpoint::Endpoint};
+use crate::{
+    lifecycle::drain,
+    model::{
+        Settings, SiteTable,
+        upstream::{Policy, SetConfig},
+    },
+};
+
+/// Everything a request may ask about where it can go. Complete and immutable.
+#[derive(Debug)]
+pub struct Snapshot {
+    pub generation: u64,
+    pub config_hash: Arc<str>,
+    pub settings: Arc<Settings>,
+    pub sites: Arc<SiteTable>,
+    pub upstreams: BTreeMap<Arc<str>, Arc<Upstream>>,
+}
+
+#[derive(Debug)]
+pub struct Upstream {
+    pub name: Arc<str>,
+    pub policy: Arc<Policy>,
+    pub sets: BTreeMap<Arc<str>, Arc<Set>>,
+    /// The set that `activation` names.
+    pub active: Arc<Set>,
+    pub active_by: ActiveBy,
+    pub activation: Arc<Activation>,
+    pub queue: Arc<Queue>,
+    /// Removed from the configuration; here until no request holds a route to it.
+    pub retired: bool,
+}
+
+/// Who made a set active.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ActiveBy {
+    File,
+    Operator(String),
+}
+
+impl std::fmt::Display for ActiveBy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            ActiveBy::File => f.write_str("file"),
+            ActiveBy::Operator(who) => f.write_str(who),
+        }
+    }
+}
+
+#[derive(Debug)]
+pub struct Set {
+    pub config: SetConfig,
+    pub endpoints: Vec<Arc<Endpoint>>,
+    /// Sorted, for `has`.
+    ids: Vec<u64>,
+    /// For `balance = "hash:..."`.
+    pub ring: Option<Ring>,
+}
+
+impl Set {
+    pub fn new(config: SetConfig, endpoints: Vec<Arc<Endpoint>>, hashed: bool) -> Self {
+        let ring = hashed.then(|| Ring::new(&endpoints));
+        let mut ids: Vec<u64> = endpoints.iter().map(|e| e.id).collect();
+        ids.sort_unstable();
+        Set { config, endpoints, ids, ring }
+    }
+
+    pub fn name(&self) -> &Arc<str> {
+        &self.config.name
+    }
+
+    pub fn usable(&self, now_ms: u64) -> usize {
+        self.endpoints.iter().filter(|e| e.is_usable(now_ms)).count()
+    }
+
+    /// The workers of all endpoints; `None` where one is not known.
+    pub fn capacity(&self) -> Option<u32> {
+        self.endpoints.iter().map(|e| e.capacity()).sum()
+    }
+
+    pub fn has(&self, endpoint: u64) -> bool {
+        self.ids.binary_search(&endpoint).is_ok()
+    }
+}
+
+/// Nginx's consistent hash over a set.
+pub struct Ring {
+    continuum: Continuum,
+    by_address: Vec<(std::net::SocketAddr, usize)>,
+}
+
+impl std::fmt::Debug for Ring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ring").field("endpoints", &self.by_address.len()).finish()
+    }
+}
+
+impl Ring {
+    fn new(endpoints: &[Arc<Endpoint>]) -> Self {
+        // The ring knows socket addresses only: a unix socket stands in it under an address of the discard prefix (RFC 6666).
+        let by_address: Vec<_> = endpoints
+            .iter()
+            .enumerate()
+            .map(|(index, endpoint)| match &endpoint.address {
+                crate::model::Address::Tcp(address) => (*address, index),
+                crate::model::Address::Unix(path) => {
+                    use std::hash::{DefaultHasher, Hash, Hasher};
+                    let mut hasher = DefaultHasher::new();
+                    path.hash(&mut hasher);
+                    let bits = (0x0100_u128 << 112) | u128::from(hasher.finish());
+                    (std::net::SocketAddr::from((std::net::Ipv6Addr::from(bits), 9000)), index)
+                }
+            })
+            .collect();
+        let buckets: Vec<_> = by_address.iter().map(|(address, _)| Bucket::new(*address, 1)).collect();
+        Ring { continuum: Continuum::new(&buckets), by_address }
+    }
+
+    /// Endpoint indices for `key`, in the order to be tried.
+    pub fn order<'a>(&'a self, key: &'a [u8]) -> impl Iterator<Item = usize> + 'a {
+        self.continuum
+            .node_iter(key)
+            .filter_map(|address| self.by_address.iter().find(|(a, _)| a == address).map(|(_, index)| *index))
+    }
+}
+
+/// The turn that made a set active. Held by snapshots and by each request dispatched to that set.
+#[derive(Debug)]
+pub struct Activation {
+    pub set: Arc<str>,
+    pub serial: u64,
+    /// Requests of this turn that were sent once more elsewhere.
+    pub retried: AtomicU64,
+    guard: drain::Guard,
+}
+
+static SERIAL: AtomicU64 = AtomicU64::new(1);
+
+impl Activation {
+    pub fn new(set: Arc<str>) -> Arc<Self> {
+        let (guard, _) = drain::guard();
+        Arc::new(Activation { set, serial: SERIAL.fetch_add(1, Ordering::Relaxed), retried: AtomicU64::new(0), guard })
+    }
+
+    /// Resolves when the last holder has let go: the set has drained.
+    pub fn drained(&self) -> drain::Done {
+        self.guard.done()
+    }
+}

@@ -1,0 +1,142 @@
+//! The one ArcSwap: where both planes meet.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use arc_swap::{ArcSwap, Guard};
+use tokio::sync::{mpsc, oneshot};
+
+use super::snapshot::Snapshot;
+
+/// A barrier not passed within this time is an error that names the worker.
+pub const BARRIER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What another thread may ask of a worker. Worker-local state is only ever touched on its own thread.
+pub enum Task {
+    /// Answered when reached: every dispatch begun before it is over.
+    Barrier(oneshot::Sender<()>),
+    /// Somebody waits for a slot of this endpoint: close the oldest lease to it.
+    Unpark(u64),
+    /// What is in flight on this worker; of one Activation, or all.
+    InFlight(Option<u64>, oneshot::Sender<Vec<InFlight>>),
+    /// The phase has changed.
+    Phase,
+    /// Cut what is in flight, and answer what that was.
+    Cut(oneshot::Sender<Vec<InFlight>>),
+}
+
+/// A request in flight, as receipts tell it.
+#[derive(Clone, Debug)]
+pub struct InFlight {
+    pub id: String,
+    pub method: String,
+    pub path: String,
+    pub age: Duration,
+}
+
+/// Ways to speak to the workers.
+#[derive(Clone, Debug)]
+pub struct Workers {
+    senders: Arc<[mpsc::Sender<Task>]>,
+}
+
+impl Workers {
+    pub fn new(senders: Vec<mpsc::Sender<Task>>) -> Self {
+        Workers { senders: senders.into() }
+    }
+
+    pub fn len(&self) -> usize {
+        self.senders.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.senders.is_empty()
+    }
+
+    /// Without waiting; false where its channel is full. Only for what may be lost.
+    pub fn try_post(&self, worker: usize, task: Task) -> bool {
+        self.senders.get(worker).is_some_and(|s| s.try_send(task).is_ok())
+    }
+
+    /// Asks every worker and waits for all answers, at most BARRIER_TIMEOUT; the error names the workers that did not answer.
+    pub async fn ask_all<T>(&self, make: impl Fn(oneshot::Sender<T>) -> Task) -> Result<Vec<T>, Vec<usize>> {
+        let deadline = tokio::time::Instant::now() + BARRIER_TIMEOUT;
+        let mut waiting = Vec::new();
+        let mut late = Vec::new();
+        for (worker, sender) in self.senders.iter().enumerate() {
+            let (answer, receiver) = oneshot::channel();
+            match tokio::time::timeout_at(deadline, sender.send(make(answer))).await {
+                Ok(Ok(())) => waiting.push((worker, receiver)),
+                _ => late.push(worker),
+            }
+        }
+        let mut answers = Vec::new();
+        for (worker, receiver) in waiting {
+            match tokio::time::timeout_at(deadline, receiver).await {
+                Ok(Ok(answer)) => answers.push(answer),
+                _ => late.push(worker),
+            }
+        }
+        if late.is_empty() { Ok(answers) } else { Err(late) }
+    }
+
+    /// Returns when no worker can still be dispatching on a snapshot that was replaced before the call.
+    pub async fn barrier(&self) -> Result<(), Vec<usize>> {
+        self.ask_all(Task::Barrier).await.map(|_| ())
+    }
+}
+
+#[derive(Debug)]
+pub struct Store {
+    current: ArcSwap<Snapshot>,
+    /// A mirror for threads that only want the number.
+    generation: AtomicU64,
+}
+
+impl Store {
+    pub fn new(snapshot: Snapshot) -> Self {
+        Store { generation: AtomicU64::new(snapshot.generation), current: ArcSwap::from_pointee(snapshot) }
+    }
+
+    /// For one synchronous step. Never held across an await: a set cannot drain while an old snapshot lives.
+    pub fn load(&self) -> Guard<Arc<Snapshot>> {
+        self.current.load()
+    }
+
+    pub fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Relaxed)
+    }
+
+    /// Puts `next` in force and wakes as many waiters of each upstream as it has free slots.
+    pub fn swap(&self, next: Arc<Snapshot>) {
+        self.generation.store(next.generation, Ordering::Relaxed);
+        self.current.store(next.clone());
+        for upstream in next.upstreams.values() {
+            upstream.wake_for_free_slots();
+        }
+    }
+}
+
+impl super::snapshot::Upstream {
+    /// After anything that may have made slots.
+    pub fn wake_for_free_slots(&self) {
+        if self.queue.waiting() == 0 {
+            return;
+        }
+        let free = self
+            .active
+            .endpoints
+            .iter()
+            .map(|e| match e.capacity() {
+                None => usize::MAX,
+                Some(capacity) => usize::try_from(capacity.saturating_sub(e.used())).unwrap_or(usize::MAX),
+            })
+            .fold(0, usize::saturating_add);
+        self.queue.wake(free);
+    }
+}

@@ -1,0 +1,24 @@
+//! What the tests stand on. Each test binary says `mod support;` and uses what it needs.
+//!
+//! Pretending to be FPM: [`scripted_fpm`] (misbehaves by name), [`real_fpm`] (the real one), [`fastcgi`] (the
+//! wire by hand, apart from the crate's own codec so that both cannot be wrong in the same way).
+//! Pretending to be the client: [`http`] (raw HTTP/1.1), [`ledger`] (never retries, checks every byte),
+//! [`load_balancer`] (reuses connections, checks health, notices late), [`relay`] (a network in between).
+//! The proxy itself: [`process`]. The rest: [`pattern`] and [`sha1`] (bytes that can be checked), [`ports`],
+//! [`children`] (processes that do not outlive the test), [`gate`] (waiting without sleeping).
+
+#![allow(dead_code, reason = "every test binary compiles all of this and uses its part")]
+
+pub mod children;
+pub mod fastcgi;
+pub mod gate;
+pub mod http;
+pub mod ledger;
+pub mod load_balancer;
+pub mod pattern;
+pub mod ports;
+pub mod process;
+pub mod real_fpm;
+pub mod relay;
+pub mod scripted_fpm;
+pub mod sha1;
