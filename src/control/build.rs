@@ -31,26 +31,16 @@ pub struct Before<'a> {
 pub fn build(config: &Config, before: &Before<'_>) -> Result<Snapshot, String> {
     let previous = before.snapshot;
     let mut endpoints = Endpoints::new(previous, before.workers);
-    let mut told: BTreeMap<&Address, (u32, &str)> = BTreeMap::new();
     let mut upstreams = BTreeMap::new();
     for (name, from_file) in &config.upstreams {
         let old = previous.and_then(|p| p.upstreams.get(name));
-        let (active, active_by) = before.switch.active(name, from_file, old.map(|o| &**o));
+        let (active, active_by) = before
+            .switch
+            .active(name, from_file, old.map(|o| &**o))
+            .ok_or_else(|| format!("upstream {name}: several sets, and `active` names none"))?;
         let hashed = matches!(from_file.policy.balance, Balance::HashAddress | Balance::HashCookie(_));
         let mut sets = BTreeMap::new();
         for set in &from_file.sets {
-            if let Some(workers) = from_file.policy.workers_per_endpoint {
-                for address in &set.endpoints {
-                    match told.insert(address, (workers, name)) {
-                        Some((other, by)) if other != workers => {
-                            return Err(format!(
-                                "endpoint {address}: upstream {by} tells workers_per_endpoint = {other}, upstream {name} tells {workers}; an endpoint has one capacity"
-                            ));
-                        }
-                        _ => {}
-                    }
-                }
-            }
             let old_set = old.and_then(|o| o.sets.get(&set.name));
             sets.insert(set.name.clone(), next_set(set, old_set, hashed, &mut endpoints));
         }

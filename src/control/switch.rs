@@ -44,23 +44,22 @@ impl Switch {
     }
 
     /// The set that is to be active, and by whom. `old` keeps nothing alive: the choices do.
-    pub fn active(&self, name: &str, file: &UpstreamConfig, old: Option<&Upstream>) -> (Arc<str>, ActiveBy) {
+    pub fn active(&self, name: &str, file: &UpstreamConfig, old: Option<&Upstream>) -> Option<(Arc<str>, ActiveBy)> {
         if let Some(choice) = self.upstreams.get(name)
-            && choice.file_active == *file.active
+            && file.active_set().is_some_and(|a| **a == *choice.file_active)
             && let Some(set) = file.sets.iter().find(|s| *s.name == *choice.set)
         {
-            return (set.name.clone(), ActiveBy::Operator(choice.by.clone()));
+            return Some((set.name.clone(), ActiveBy::Operator(choice.by.clone())));
         }
         // The same Arc where nothing changed.
-        let active = old.map(|o| o.active.name()).filter(|a| ***a == *file.active).unwrap_or(&file.active);
-        (active.clone(), ActiveBy::File)
+        let from_file = file.active_set()?;
+        let active = old.map(|o| o.active.name()).filter(|a| *a == from_file).unwrap_or(from_file);
+        Some((active.clone(), ActiveBy::File))
     }
 
     pub fn choose(&mut self, name: &str, set: &str, by: &str, file: &UpstreamConfig) {
-        self.upstreams.insert(
-            name.to_owned(),
-            Choice { set: set.to_owned(), by: by.to_owned(), file_active: file.active.to_string() },
-        );
+        let file_active = file.active_set().map_or_else(String::new, |a| a.to_string());
+        self.upstreams.insert(name.to_owned(), Choice { set: set.to_owned(), by: by.to_owned(), file_active });
     }
 
     /// Choices that the file has overruled, and those of upstreams that are gone, are forgotten.
@@ -68,7 +67,7 @@ impl Switch {
         self.upstreams.retain(|name, choice| {
             upstreams
                 .get(name.as_str())
-                .is_some_and(|u| *u.active == *choice.file_active && u.sets.iter().any(|s| *s.name == *choice.set))
+                .is_some_and(|u| u.active_set().is_some_and(|a| **a == *choice.file_active) && u.sets.iter().any(|s| *s.name == *choice.set))
         });
     }
 }

@@ -46,6 +46,8 @@ pub struct Php<'a> {
     pub route: &'a Route,
     pub script_name: &'a str,
     pub path_info: &'a str,
+    /// The client's, or what a `try_files` item says.
+    pub query: &'a str,
     pub parts: &'a Parts,
     pub peer: &'a Peer,
     pub client: &'a ClientInfo,
@@ -300,7 +302,7 @@ fn encode(
         &params::Input {
             method: &php.parts.method,
             request_uri: php.parts.uri.path_and_query().map_or("/", |p| p.as_str()),
-            query: php.parts.uri.query().unwrap_or(""),
+            query: php.query,
             version: php.parts.version,
             headers: &php.parts.headers,
             host: &php.client.host,

@@ -47,18 +47,45 @@ pub fn signal(pid: u32, signal: libc::c_int) -> bool {
 
 /// The living children of `parent`, from /proc; zombies are not counted.
 pub fn children_of(parent: u32) -> Vec<u32> {
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir("/proc").expect("/proc").flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
-        let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else { continue };
-        // pid (name) state ppid ...: the name may hold blanks and brackets.
-        let Some((_, rest)) = stat.rsplit_once(')') else { continue };
-        let mut fields = rest.split_whitespace();
-        let (state, ppid) = (fields.next(), fields.next());
-        if ppid == Some(parent.to_string().as_str()) && state != Some("Z") {
-            found.push(pid);
-        }
-    }
+    let entries = std::fs::read_dir("/proc").expect("/proc").flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let mut found: Vec<u32> = pids
+        .filter(|pid| matches!(state_and_parent(*pid), Some((state, ppid)) if ppid == parent && state != 'Z'))
+        .collect();
     found.sort_unstable();
     found
+}
+
+/// Ends a process and its children, none of which gets away: stopped first, for a parent in the middle of a fork would
+/// leave an orphan behind, with the listening socket. When it returns they are gone.
+pub fn kill_family(mut parent: Child) {
+    if !matches!(parent.try_wait(), Ok(Some(_))) {
+        signal(parent.id(), libc::SIGSTOP);
+        until("stopped", || matches!(state_and_parent(parent.id()), None | Some(('T' | 'Z', _))));
+        let family = children_of(parent.id());
+        for child in &family {
+            signal(*child, libc::SIGKILL);
+        }
+        let _ = parent.kill();
+        let _ = parent.wait();
+        until("ended", || family.iter().all(|child| matches!(state_and_parent(*child), None | Some(('Z' | 'X', _)))));
+    }
+}
+
+/// For Drop, where nothing can be awaited. The kernel takes about a millisecond; a second is its deadline.
+fn until(what: &str, done: impl Fn() -> bool) {
+    for _ in 0..1000 {
+        if done() {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    eprintln!("a process that was to be {what} is not, after a second");
+}
+
+fn state_and_parent(pid: u32) -> Option<(char, u32)> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // pid (name) state ppid ...: the name may hold blanks and brackets.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+    Some((fields.next()?.chars().next()?, fields.next()?.parse().ok()?))
 }

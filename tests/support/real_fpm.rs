@@ -257,15 +257,8 @@ impl RealFpm {
 
     /// SIGKILL for master and workers together, as a node that dies; when it returns they are gone.
     pub fn kill(&mut self) {
-        let Some(mut child) = self.child.take() else { return };
-        if !matches!(child.try_wait(), Ok(Some(_))) {
-            // Stopped first, or it would fork new workers for those killed.
-            children::signal(child.id(), libc::SIGSTOP);
-            for worker in children::children_of(child.id()) {
-                children::signal(worker, libc::SIGKILL);
-            }
-            let _ = child.kill();
-            let _ = child.wait();
+        if let Some(child) = self.child.take() {
+            children::kill_family(child);
         }
     }
 
@@ -296,7 +289,7 @@ impl RealFpm {
         self.launch().await;
     }
 
-    /// Until it answers a ping (or, without one, a script) by FastCGI.
+    /// Until it answers a ping (or, without one, a script) by FastCGI and, with `pm = static`, has all its workers.
     pub async fn wait_ready(&mut self) {
         let deadline = Instant::now() + DEADLINE;
         loop {
@@ -310,7 +303,8 @@ impl RealFpm {
                 }
             });
             match asked.await {
-                Ok(Ok(_)) => return,
+                Ok(Ok(_)) if !matches!(self.plan.pm, Pm::Static(n) if self.pids().len() < n) => return,
+                Ok(Ok(_)) => assert!(Instant::now() < deadline, "FPM lacks workers:\n{}", self.log()),
                 Ok(Err(error)) => assert!(Instant::now() < deadline, "FPM is not ready: {error}\n{}", self.log()),
                 Err(_) => panic!("FPM takes the ping and does not answer:\n{}", self.log()),
             }
