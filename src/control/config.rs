@@ -37,9 +37,9 @@ use reader::{Reader, Report, Value};
 /// What the files say, checked and complete.
 #[derive(Debug)]
 pub struct Config {
-    pub settings: Settings,
+    pub settings: Arc<Settings>,
     pub upstreams: BTreeMap<Arc<str>, UpstreamConfig>,
-    pub sites: SiteTable,
+    pub sites: Arc<SiteTable>,
     /// `file:line:column: message`, in the files' order.
     pub warnings: Vec<String>,
     /// FNV-1a over the filled texts, 16 hex digits: the same on every replica that has the same configuration.

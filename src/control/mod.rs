@@ -6,13 +6,11 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::SystemTime,
 };
 
 use tokio::sync::{mpsc, watch};
 
 use crate::{
-    http_spill_budgets::Budgets,
     lifecycle::{PhaseCell, drain::Receipt},
     telemetry::metrics::Metrics,
     upstream::{Store, dispatch::now_ms, store::Workers},
@@ -20,6 +18,7 @@ use crate::{
 
 pub mod api;
 pub mod build;
+pub mod client;
 pub mod config;
 pub mod expand;
 pub mod reconcile;
@@ -40,19 +39,83 @@ pub struct Control {
     pub workers: Workers,
     pub metrics: Arc<Metrics>,
     pub changes: mpsc::Sender<reconcile::Change>,
-    pub terminate: watch::Sender<terminate::Request>,
+    pub terminate: watch::Sender<terminate::Requested>,
+    /// Milliseconds of each worker's last sign of life.
     pub heartbeats: Arc<[AtomicU64]>,
+    /// Connections open now.
     pub connections: Box<dyn Fn() -> usize + Send + Sync>,
-    told: Mutex<Told>,
+    pub told: Mutex<Told>,
 }
 
-/// What was said last, for `/status`.
+/// What was said last.
 #[derive(Default)]
-struct Told {
-    receipts: VecDeque<Receipt>,
-    reload: Option<reconcile::ReloadOutcome>,
-    warnings: Vec<String>,
+pub struct Told {
+    pub receipts: VecDeque<Receipt>,
+    pub reload: Option<reconcile::ReloadOutcome>,
+    pub warnings: Vec<String>,
     /// Why the process is not ready yet.
-    waiting_for: Vec<String>,
-    fails_health_since: Option<SystemTime>,
+    pub waiting_for: Vec<String>,
+    /// From LameDuck on: when the health check is to fail.
+    pub health_fails_at: Option<tokio::time::Instant>,
+}
+
+impl Control {
+    pub fn told(&self) -> MutexGuard<'_, Told> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn add_receipt(&self, receipt: Receipt) {
+        let mut told = self.told();
+        if told.receipts.len() == RECEIPTS {
+            told.receipts.pop_front();
+        }
+        told.receipts.push_back(receipt);
+    }
+
+    /// Workers that have given no sign of life for 5 s.
+    pub fn hung_workers(&self) -> Vec<usize> {
+        let now = now_ms();
+        let late = |at: &AtomicU64| now.saturating_sub(at.load(Ordering::Relaxed)) > HEARTBEAT_LIMIT_MS;
+        self.heartbeats.iter().enumerate().filter(|(_, at)| late(at)).map(|(worker, _)| worker).collect()
+    }
+}
+
+/// RFC 3339 in UTC with milliseconds.
+pub fn rfc3339(time: std::time::SystemTime) -> String {
+    let since = time.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let (days, seconds) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
+    // Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms", civil_from_days, for days after 1970.
+    let z = days + 719_468;
+    let era = z / 146_097;
+    let day_of_era = z % 146_097;
+    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month_index = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month_index + 2) / 5 + 1;
+    let month = if month_index < 10 { month_index + 3 } else { month_index - 9 };
+    let year = year_of_era + era * 400 + u64::from(month <= 2);
+    format!(
+        "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}.{:03}Z",
+        seconds / 3600,
+        seconds / 60 % 60,
+        seconds % 60,
+        since.subsec_millis()
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::{Duration, UNIX_EPOCH};
+
+    #[test]
+    fn dates_are_right_on_leap_days_and_year_ends() {
+        for (seconds, text) in [
+            (0, "1970-01-01T00:00:00.000Z"),
+            (951_782_400, "2000-02-29T00:00:00.000Z"),
+            (1_798_761_599, "2026-12-31T23:59:59.000Z"),
+        ] {
+            assert_eq!(rfc3339(UNIX_EPOCH + Duration::from_secs(seconds)), text);
+        }
+    }
 }

@@ -166,7 +166,8 @@ impl Endpoint {
         }
     }
 
-    pub(super) fn share_with(&self, queue: &Arc<Queue>) {
+    /// Waiters of `queue` are woken by slots of this endpoint; several upstreams may name it.
+    pub fn serve_queue(&self, queue: &Arc<Queue>) {
         let mut queues = self.shared_with.lock().unwrap_or_else(PoisonError::into_inner);
         queues.retain(|q| q.strong_count() > 0);
         if !queues.iter().any(|q| std::ptr::eq(q.as_ptr(), Arc::as_ptr(queue))) {

@@ -72,6 +72,12 @@ pub fn kill_family(mut parent: Child) {
     }
 }
 
+/// SIGKILL for a grandchild; when it returns that one is gone, whether its parent has noticed or not.
+pub fn kill(pid: u32) {
+    signal(pid, libc::SIGKILL);
+    until("ended", || matches!(state_and_parent(pid), None | Some(('Z' | 'X', _))));
+}
+
 /// For Drop, where nothing can be awaited. The kernel takes about a millisecond; a second is its deadline.
 fn until(what: &str, done: impl Fn() -> bool) {
     for _ in 0..1000 {

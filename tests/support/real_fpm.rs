@@ -262,10 +262,11 @@ impl RealFpm {
         }
     }
 
-    /// SIGKILL for one worker, the one with this place in [`RealFpm::pids`]; returns its pid. The master forks another.
+    /// SIGKILL for one worker, the one with this place in [`RealFpm::pids`]; returns its pid. The master
+    /// forks another: [`RealFpm::wait_ready`].
     pub fn kill_worker(&self, nth: usize) -> u32 {
         let pid = self.pids()[nth];
-        children::signal(pid, libc::SIGKILL);
+        children::kill(pid);
         pid
     }
 
@@ -303,7 +304,7 @@ impl RealFpm {
                 }
             });
             match asked.await {
-                Ok(Ok(_)) if !matches!(self.plan.pm, Pm::Static(n) if self.pids().len() < n) => return,
+                Ok(Ok(_)) if self.has_all_workers().await => return,
                 Ok(Ok(_)) => assert!(Instant::now() < deadline, "FPM lacks workers:\n{}", self.log()),
                 Ok(Err(error)) => assert!(Instant::now() < deadline, "FPM is not ready: {error}\n{}", self.log()),
                 Err(_) => panic!("FPM takes the ping and does not answer:\n{}", self.log()),
@@ -311,6 +312,16 @@ impl RealFpm {
             let ended = self.child.as_mut().expect("FPM has been started").try_wait().expect("the child is ours");
             assert!(ended.is_none(), "FPM ended at once, {ended:?}:\n{}", self.log());
             tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// Static workers count in FPM's status only once they have come to accept(), some milliseconds after the fork; the
+    /// first of them answers before the last is there.
+    async fn has_all_workers(&self) -> bool {
+        match self.plan.pm {
+            Pm::Static(n) if self.plan.status => self.status().await.is_ok_and(|status| status["total processes"] == n),
+            Pm::Static(n) => self.pids().len() == n,
+            Pm::Dynamic(_) | Pm::OnDemand(_) => true,
         }
     }
 

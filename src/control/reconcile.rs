@@ -1,0 +1,392 @@
+//! Change -> build -> swap -> outcome: the one task that replaces snapshots. It never waits for a drain; whoever asked does.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{Arc, Weak, atomic::Ordering},
+    time::{Duration, SystemTime},
+};
+
+use serde::Serialize;
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
+
+use super::{
+    Control,
+    build::{self, Before},
+    config::{self, Config},
+    rfc3339,
+    switch::Switch,
+};
+use crate::{
+    lifecycle::{
+        Phase,
+        drain::{CutRequest, Receipt},
+    },
+    model::{Address, Settings, Site},
+    upstream::{
+        Activation, Snapshot,
+        dispatch::now_ms,
+        probe::{Probes, Report},
+        store::{InFlight, Task},
+    },
+};
+
+/// Everything that may lead to another snapshot.
+pub enum Change {
+    Reload { by: &'static str, answer: Option<oneshot::Sender<ReloadOutcome>> },
+    Swap(SwapOrder, oneshot::Sender<Result<Swap, String>>),
+    Endpoint { upstream: String, address: String, disabled: bool, answer: oneshot::Sender<Result<String, String>> },
+    /// A probe has learned something: waiters may have a slot, the process may be ready.
+    Probed,
+}
+
+pub struct SwapOrder {
+    pub upstream: String,
+    pub set: String,
+    pub dry_run: bool,
+    pub force: bool,
+    pub by: String,
+    pub budget: Duration,
+}
+
+/// What became of a swap so far; the asker waits for the rest.
+pub enum Swap {
+    /// It would be taken, or the set is active already.
+    Nothing(String),
+    Turned(Turn),
+}
+
+/// A turn under way.
+pub struct Turn {
+    pub old: Weak<Activation>,
+    /// When no request is dispatched to the old set any more; the error names workers that have not answered.
+    pub barrier: oneshot::Receiver<Result<(), Vec<usize>>>,
+    pub receipt: oneshot::Receiver<Receipt>,
+    pub old_serial: u64,
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub struct ReloadOutcome {
+    pub at: String,
+    /// "applied", "unchanged" or "refused".
+    pub outcome: &'static str,
+    pub reason: String,
+    pub generation: u64,
+}
+
+/// How the reconciler changes listening sockets: bound first, in use only after the swap.
+pub trait Listeners {
+    /// Binds what `wanted` has and the present does not.
+    fn prepare(&mut self, wanted: &[SocketAddr]) -> std::io::Result<()>;
+    /// Takes what was prepared into use, lets go of what is not wanted any more, and applies the caps.
+    fn commit(&mut self, settings: &Settings);
+    /// Closes what was prepared.
+    fn abandon(&mut self);
+    /// Log level and access log, as far as a reload may change them.
+    fn apply(&mut self, settings: &Settings) -> Result<(), String>;
+}
+
+pub struct Reconciler {
+    control: Arc<Control>,
+    path: PathBuf,
+    config: Config,
+    switch: Switch,
+    listeners: Box<dyn Listeners>,
+    probes: Probes,
+    /// Sites of earlier configurations by the upstream that only they route to.
+    retired: BTreeMap<Arc<str>, Vec<Weak<Site>>>,
+}
+
+impl Reconciler {
+    pub fn new(control: Arc<Control>, path: PathBuf, config: Config, switch: Switch, listeners: Box<dyn Listeners>) -> Self {
+        let changes = control.changes.clone();
+        // A report that finds the channel full may be lost: another change is about to look at everything.
+        let report: Report = std::rc::Rc::new(move || drop(changes.try_send(Change::Probed)));
+        Reconciler { control, path, config, switch, listeners, probes: Probes::new(report), retired: BTreeMap::new() }
+    }
+
+    pub async fn run(mut self, mut changes: mpsc::Receiver<Change>) {
+        self.settled();
+        while let Some(change) = changes.recv().await {
+            match change {
+                Change::Reload { by, answer } => {
+                    let outcome = self.reload(by);
+                    if let Some(answer) = answer {
+                        let _ = answer.send(outcome);
+                    }
+                }
+                Change::Swap(order, answer) => {
+                    let _ = answer.send(self.swap(&order));
+                }
+                Change::Endpoint { upstream, address, disabled, answer } => {
+                    let _ = answer.send(self.endpoint(&upstream, &address, disabled));
+                }
+                Change::Probed => {}
+            }
+            self.settled();
+        }
+    }
+
+    /// After every change: waiters, probes, readiness.
+    fn settled(&mut self) {
+        let snapshot = self.control.store.load();
+        for upstream in snapshot.upstreams.values() {
+            for set in upstream.sets.values() {
+                for endpoint in &set.endpoints {
+                    if let Some(workers) = upstream.policy.workers_per_endpoint {
+                        endpoint.set_capacity(Some(workers));
+                    }
+                    endpoint.serve_queue(&upstream.queue);
+                }
+            }
+            upstream.wake_for_free_slots();
+        }
+        self.probes.follow(&snapshot);
+        let now = now_ms();
+        let missing: Vec<String> = snapshot
+            .upstreams
+            .values()
+            .filter(|u| !u.retired && u.active.usable(now) == 0)
+            .map(|u| format!("upstream {} has no usable endpoint in set {}", u.name, u.active.name()))
+            .collect();
+        if missing.is_empty() && self.control.phase.get() == Phase::Starting && self.control.phase.advance(Phase::Running) {
+            tracing::info!(generation = snapshot.generation, "ready");
+        }
+        self.control.told().waiting_for = missing;
+    }
+
+    fn build(&self, config: &Config, switch: &Switch) -> Result<Snapshot, String> {
+        let retired: BTreeSet<Arc<str>> = self.retired.keys().cloned().collect();
+        let snapshot = self.control.store.load();
+        build::build(config, &Before { snapshot: Some(&snapshot), switch, workers: self.control.workers.len(), retired: &retired })
+    }
+
+    fn reload(&mut self, by: &'static str) -> ReloadOutcome {
+        let result = self.try_reload();
+        let (outcome, reason) = match result {
+            Ok(true) => ("applied", String::new()),
+            Ok(false) => ("unchanged", "the configuration is the same".to_owned()),
+            Err(reason) => {
+                self.listeners.abandon();
+                ("refused", reason)
+            }
+        };
+        let generation = self.control.store.generation();
+        match outcome {
+            "refused" => tracing::error!(by, generation, reason, "reload refused; the configuration before it goes on"),
+            _ => tracing::info!(by, generation, outcome, "reload"),
+        }
+        self.control.metrics.reload(outcome);
+        let outcome = ReloadOutcome { at: rfc3339(SystemTime::now()), outcome, reason, generation };
+        self.control.told().reload = Some(outcome.clone());
+        outcome
+    }
+
+    /// All or nothing; false where nothing has changed.
+    fn try_reload(&mut self) -> Result<bool, String> {
+        if self.control.phase.get() >= Phase::Draining {
+            return Err("the process is draining".to_owned());
+        }
+        let config = config::load(&self.path, &|name| std::env::var(name).ok())
+            .map_err(|problems| problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))?;
+        if config.hash == self.config.hash {
+            return Ok(false);
+        }
+        needs_restart(&self.config.settings, &config.settings)?;
+        let mut switch = self.switch.clone();
+        switch.prune(&config.upstreams);
+        self.retire(&config);
+        let next = self.build(&config, &switch)?;
+        // Nothing is torn down before its successor stands.
+        self.listeners.prepare(&config.settings.listen.http).map_err(|e| e.to_string())?;
+        self.listeners.apply(&config.settings)?;
+        self.switch = switch;
+        let old = std::mem::replace(&mut self.config, config);
+        drop(old);
+        self.put_in_force(next, "file");
+        self.listeners.commit(&self.config.settings);
+        self.control.told().warnings = self.config.warnings.clone();
+        Ok(true)
+    }
+
+    /// Upstreams that the file has no more stay while a request may hold a route to them.
+    fn retire(&mut self, next: &Config) {
+        self.retired.retain(|name, sites| {
+            sites.retain(|site| site.strong_count() > 0);
+            !sites.is_empty() && !next.upstreams.contains_key(name)
+        });
+        for name in self.config.upstreams.keys().filter(|name| !next.upstreams.contains_key(*name)) {
+            let sites = self.config.all_sites().into_iter().map(Arc::downgrade).collect();
+            self.retired.insert(name.clone(), sites);
+        }
+    }
+
+    /// The swap itself; every set that is not active any more is followed until it has drained.
+    fn put_in_force(&self, next: Snapshot, by: &str) -> Vec<Turn> {
+        let previous = self.control.store.load();
+        let mut left = Vec::new();
+        for (name, old) in &previous.upstreams {
+            if let Some(new) = next.upstreams.get(name)
+                && !Arc::ptr_eq(&new.activation, &old.activation)
+            {
+                left.push((name.clone(), old.activation.clone(), new.active.name().clone()));
+            }
+        }
+        drop(previous);
+        self.control.store.swap(Arc::new(next));
+        left.into_iter().map(|(name, old, to)| self.follow(name, &old, to, by.to_owned(), Duration::from_secs(60))).collect()
+    }
+
+    /// Watches an old set drain, in a task of its own.
+    fn follow(&self, upstream: Arc<str>, old: &Arc<Activation>, to: Arc<str>, by: String, budget: Duration) -> Turn {
+        let (barrier_sender, barrier) = oneshot::channel();
+        let (receipt_sender, receipt) = oneshot::channel();
+        let (serial, from, mut drained, weak) = (old.serial, old.set.clone(), old.drained(), Arc::downgrade(old));
+        let (control, started, clock) = (self.control.clone(), SystemTime::now(), Instant::now());
+        let counts = weak.clone();
+        tokio::task::spawn_local(async move {
+            let passed = control.workers.barrier().await;
+            if let Err(workers) = &passed {
+                tracing::error!(?workers, upstream = &*upstream, "workers have not passed the barrier in 5 s; the swap stands");
+            }
+            let in_flight = in_flight(&control, serial).await.len() as u64;
+            let retried = || counts.upgrade().map(|a| a.retried.load(Ordering::Relaxed));
+            let mut retried_at_last = retried().unwrap_or(0);
+            let _ = barrier_sender.send(passed);
+            // Sampled while it lasts: with its last holder the count is gone.
+            loop {
+                tokio::select! {
+                    () = drained.wait() => break,
+                    () = tokio::time::sleep(Duration::from_millis(100)) => retried_at_last = retried().unwrap_or(retried_at_last),
+                }
+            }
+            let receipt = Receipt {
+                kind: "swap",
+                upstream: Some(upstream.to_string()),
+                from: Some(from.to_string()),
+                to: Some(to.to_string()),
+                started: rfc3339(started),
+                seconds: clock.elapsed().as_secs_f64(),
+                budget_seconds: budget.as_secs_f64(),
+                in_flight,
+                completed: in_flight,
+                retried: retried_at_last,
+                cut: Vec::new(),
+                by,
+                finished: true,
+            };
+            tracing::info!(receipt = %serde_json::to_string(&receipt).unwrap_or_default(), "the old set has drained");
+            control.add_receipt(receipt.clone());
+            let _ = receipt_sender.send(receipt);
+        });
+        Turn { old: weak, barrier, receipt, old_serial: serial }
+    }
+
+    fn swap(&mut self, order: &SwapOrder) -> Result<Swap, String> {
+        let outcome = self.try_swap(order);
+        self.control.metrics.swap(match &outcome {
+            Ok(Swap::Turned(_)) => "applied",
+            Ok(Swap::Nothing(_)) => "unchanged",
+            Err(_) => "refused",
+        });
+        match &outcome {
+            Ok(_) => tracing::info!(upstream = order.upstream, set = order.set, by = order.by, dry_run = order.dry_run, "swap"),
+            Err(reason) => tracing::warn!(upstream = order.upstream, set = order.set, by = order.by, reason, "swap refused"),
+        }
+        outcome
+    }
+
+    fn try_swap(&mut self, order: &SwapOrder) -> Result<Swap, String> {
+        vote(&self.control.store.load(), &order.upstream, &order.set, order.force)?;
+        let Some((name, file)) = self.config.upstreams.get_key_value(order.upstream.as_str()) else {
+            return Err(format!("upstream {} is being removed", order.upstream));
+        };
+        let active = self.control.store.load().upstreams.get(name).map(|u| u.active.name().clone());
+        if active.as_deref() == Some(order.set.as_str()) {
+            return Ok(Swap::Nothing(format!("set {} of upstream {} is active already", order.set, order.upstream)));
+        }
+        if order.dry_run {
+            return Ok(Swap::Nothing(format!("set {} of upstream {} would be taken", order.set, order.upstream)));
+        }
+        let mut switch = self.switch.clone();
+        switch.choose(&order.upstream, &order.set, &order.by, file);
+        let next = self.build(&self.config, &switch)?;
+        // Remembered before it is in force: a swap that was answered survives a SIGKILL.
+        if let Some(path) = &self.config.settings.state {
+            switch.save(path).map_err(|e| format!("the swap cannot be remembered in {}: {e}", path.display()))?;
+        }
+        self.switch = switch;
+        let mut turns = self.put_in_force(next, &order.by);
+        turns.pop().map(Swap::Turned).ok_or_else(|| "the swap changed nothing".to_owned())
+    }
+
+    fn endpoint(&mut self, upstream: &str, address: &str, disabled: bool) -> Result<String, String> {
+        let address: Address = address.parse()?;
+        let snapshot = self.control.store.load();
+        let upstream = snapshot.upstreams.get(upstream).ok_or_else(|| no_such("upstream", upstream, snapshot.upstreams.keys()))?;
+        let endpoints = || upstream.sets.values().flat_map(|s| &s.endpoints);
+        let found = endpoints().find(|e| e.address == address).ok_or_else(|| {
+            let known: Vec<_> = endpoints().map(|e| e.address.to_string()).collect();
+            format!("upstream {} has no endpoint {address}; it has {}", upstream.name, known.join(", "))
+        })?;
+        found.set_disabled(disabled);
+        let what = if disabled { "disabled" } else { "enabled" };
+        tracing::info!(upstream = &*upstream.name, endpoint = %address, what, "endpoint");
+        Ok(format!("endpoint {address} of upstream {} is {what}", upstream.name))
+    }
+}
+
+/// Whether this process would take `set`, and why not. Changes nothing.
+pub fn vote(snapshot: &Snapshot, upstream: &str, set: &str, force: bool) -> Result<(), String> {
+    let upstream = snapshot.upstreams.get(upstream).ok_or_else(|| no_such("upstream", upstream, snapshot.upstreams.keys()))?;
+    let set = upstream.sets.get(set).ok_or_else(|| no_such("set", set, upstream.sets.keys()))?;
+    let (usable, wanted) = (set.usable(now_ms()), set.config.min_ready);
+    if usable < wanted && !force {
+        return Err(format!(
+            "set {} of upstream {} has {usable} usable endpoints of {}, min_ready is {wanted}",
+            set.name(),
+            upstream.name,
+            set.endpoints.len()
+        ));
+    }
+    Ok(())
+}
+
+fn no_such<'a>(what: &str, name: &str, known: impl Iterator<Item = &'a Arc<str>>) -> String {
+    format!("there is no {what} {name}; there is {}", known.map(|k| &**k).collect::<Vec<_>>().join(", "))
+}
+
+/// What still holds the Activation `serial`, as far as a client waits for it.
+pub async fn in_flight(control: &Control, serial: u64) -> Vec<InFlight> {
+    control.workers.ask_all(|answer| Task::InFlight(Some(serial), answer)).await.map_or_else(|_| Vec::new(), |l| l.concat())
+}
+
+impl From<InFlight> for CutRequest {
+    fn from(request: InFlight) -> Self {
+        CutRequest { id: request.id, method: request.method, path: request.path, age_seconds: request.age.as_secs_f64() }
+    }
+}
+
+fn needs_restart(old: &Settings, new: &Settings) -> Result<(), String> {
+    let mut keys = Vec::new();
+    if old.workers != new.workers {
+        keys.push("workers");
+    }
+    if old.listen.ops != new.listen.ops {
+        keys.push("listen.ops");
+    }
+    if old.listen.admin != new.listen.admin {
+        keys.push("listen.admin");
+    }
+    if old.log.format != new.log.format {
+        keys.push("log.format");
+    }
+    if old.reload != new.reload {
+        keys.push("reload");
+    }
+    if keys.is_empty() { Ok(()) } else { Err(format!("a change of {} needs a restart", keys.join(", "))) }
+}
