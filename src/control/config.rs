@@ -254,7 +254,7 @@ fn parse_all(
         return Err(problems);
     }
     let hash = format!("{:016x}", hash.0);
-    Ok((Config { settings, upstreams, sites, warnings, hash, files }, folders))
+    Ok((Config { settings: Arc::new(settings), upstreams, sites: Arc::new(sites), warnings, hash, files }, folders))
 }
 
 /// The files read so far; `wrong` is what keeps one from being a tree at all.

@@ -1,0 +1,116 @@
+//! `/status` as one JSON object (DESIGN.md, section 6), and the gauges of `/metrics`. Query strings are never in it.
+
+use serde_json::{Map, Value, json};
+
+use super::Control;
+use crate::{
+    telemetry::metrics::{Gauges, SetGauge, UpstreamGauge},
+    upstream::{Endpoint, Set, dispatch::now_ms},
+};
+
+pub fn status(control: &Control) -> Value {
+    let snapshot = control.store.load();
+    let upstreams: Map<String, Value> = snapshot
+        .upstreams
+        .iter()
+        .map(|(name, upstream)| {
+            let queued = upstream.queue.waiting();
+            let sets: Map<String, Value> = upstream
+                .sets
+                .iter()
+                .map(|(set_name, set)| {
+                    let queued = if *set_name == upstream.activation.set { queued } else { 0 };
+                    let endpoints: Vec<Value> = set.endpoints.iter().map(|e| endpoint(e)).collect();
+                    let value = json!({
+                        "saturation": saturation(set, queued),
+                        "usable": set.usable(now_ms()),
+                        "known_age_seconds": 0.0,
+                        "endpoints": endpoints,
+                    });
+                    (set_name.to_string(), value)
+                })
+                .collect();
+            let value = json!({
+                "active": &*upstream.activation.set,
+                "active_by": upstream.active_by.to_string(),
+                "queued": queued,
+                "sets": sets,
+            });
+            (name.to_string(), value)
+        })
+        .collect();
+    let told = control.told();
+    json!({
+        "phase": control.phase.get().name(),
+        "generation": snapshot.generation,
+        "config_hash": &*snapshot.config_hash,
+        "connections": (control.connections)(),
+        "last_reload": told.reload,
+        "upstreams": upstreams,
+        "drains": told.receipts,
+        "warnings": told.warnings,
+        "waiting_for": told.waiting_for,
+    })
+}
+
+fn endpoint(endpoint: &Endpoint) -> Value {
+    let now = now_ms();
+    let (state, reason) = if endpoint.is_disabled() {
+        ("disabled", "by an operator")
+    } else if endpoint.is_usable(now) {
+        ("usable", "")
+    } else {
+        ("unusable", endpoint.health().reason(now))
+    };
+    json!({
+        "address": endpoint.address.to_string(),
+        "state": state,
+        "capacity": endpoint.capacity(),
+        "busy": endpoint.busy(),
+        "parked": endpoint.parked(),
+        "reason": reason,
+    })
+}
+
+/// Busy and queued over capacity; `None` where a capacity is not known.
+fn saturation(set: &Set, queued: usize) -> Option<f64> {
+    let capacity = set.capacity().filter(|c| *c > 0)?;
+    let busy: u32 = set.endpoints.iter().map(|e| e.busy()).sum();
+    let queued = u32::try_from(queued).unwrap_or(u32::MAX);
+    Some((f64::from(busy) + f64::from(queued)) / f64::from(capacity))
+}
+
+pub fn gauges(control: &Control, memory: u64, disk: u64) -> Gauges {
+    let snapshot = control.store.load();
+    let upstreams = snapshot
+        .upstreams
+        .values()
+        .map(|upstream| {
+            let queued = upstream.queue.waiting();
+            let sets = upstream
+                .sets
+                .values()
+                .map(|set| {
+                    let active = *set.name() == upstream.activation.set;
+                    SetGauge {
+                        name: set.name().clone(),
+                        active,
+                        capacity: set.capacity().map(u64::from),
+                        busy: set.endpoints.iter().map(|e| u64::from(e.busy())).sum(),
+                        parked: set.endpoints.iter().map(|e| u64::from(e.parked())).sum(),
+                        usable: set.usable(now_ms()) as u64,
+                        saturation: saturation(set, if active { queued } else { 0 }),
+                    }
+                })
+                .collect();
+            UpstreamGauge { name: upstream.name.clone(), queued: queued as u64, sets }
+        })
+        .collect();
+    Gauges {
+        phase: control.phase.get().name(),
+        generation: snapshot.generation,
+        upstreams,
+        buffer_memory_bytes: memory,
+        buffer_disk_bytes: disk,
+    }
+}

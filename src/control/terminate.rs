@@ -1,0 +1,142 @@
+//! The way out: LameDuck, Draining, Aborting, Exited. From Draining on it leaves as soon as nothing is in flight.
+
+use std::{
+    future::Future,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use tokio::{
+    sync::{oneshot, watch},
+    time::Instant,
+};
+
+use super::{Control, rfc3339};
+use crate::{
+    lifecycle::{
+        Phase,
+        drain::{CutRequest, Receipt},
+    },
+    model::settings::Drain,
+    upstream::store::{InFlight, Task},
+};
+
+/// How often is looked whether anything is left.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+/// What has been asked for so far; each further one skips to the next phase.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Requested {
+    pub times: u32,
+    /// INT: without the lame-duck phase.
+    pub now: bool,
+    pub by: String,
+}
+
+/// Waits for a request to end and carries it out; gives whether anything was cut.
+pub async fn terminate<F>(control: Arc<Control>, mut requested: watch::Receiver<Requested>, close_listeners: impl FnOnce() -> F) -> bool
+where
+    F: Future<Output = Option<oneshot::Receiver<()>>>,
+{
+    // The sender lives in `control`.
+    let first = match requested.wait_for(|r| r.times > 0).await {
+        Ok(first) => first.clone(),
+        Err(_) => return false,
+    };
+    let settings = control.store.load().settings.clone();
+    let drain = &settings.drain;
+    let (started, clock) = (SystemTime::now(), Instant::now());
+    let deadline = clock + drain.grace.saturating_sub(drain.margin);
+    let starting = control.phase.get() == Phase::Starting;
+    tracing::info!(by = first.by, phase = control.phase.get().name(), "asked to end");
+
+    if !starting && !first.now && !drain.lame_duck.is_zero() {
+        control.told().health_fails_at = Some(clock + drain.health_fail_delay);
+        enter(&control, Phase::LameDuck).await;
+        tokio::select! {
+            () = tokio::time::sleep(drain.lame_duck) => {}
+            _ = requested.wait_for(|r| r.times > 1) => tracing::info!("a second signal: the lame-duck phase is skipped"),
+        }
+    }
+    let asked = requested.borrow().times;
+    enter(&control, Phase::Draining).await;
+    let mut receipt = Receipt {
+        kind: "drain",
+        upstream: None,
+        from: None,
+        to: None,
+        started: rfc3339(started),
+        seconds: 0.0,
+        budget_seconds: deadline.saturating_duration_since(Instant::now()).as_secs_f64(),
+        in_flight: list(&control).await.len() as u64,
+        completed: 0,
+        retried: 0,
+        cut: Vec::new(),
+        by: first.by,
+        finished: false,
+    };
+    let draining = Instant::now();
+    if let Some(closed) = close_listeners().await {
+        let _ = closed.await;
+    }
+    let cut = tokio::select! {
+        () = nothing_left(&control) => Vec::new(),
+        () = tokio::time::sleep_until(deadline) => cut(&control).await,
+        _ = requested.wait_for(|r| r.times > asked) => cut(&control).await,
+    };
+    receipt.completed = receipt.in_flight.saturating_sub(cut.len() as u64);
+    receipt.in_flight = receipt.completed + cut.len() as u64;
+    receipt.cut = cut.into_iter().map(CutRequest::from).collect();
+    receipt.seconds = draining.elapsed().as_secs_f64();
+    receipt.finished = true;
+    finish(&control, &receipt, drain);
+    !receipt.cut.is_empty()
+}
+
+async fn enter(control: &Control, phase: Phase) {
+    if control.phase.advance(phase) {
+        tracing::info!(phase = phase.name(), connections = (control.connections)(), "phase");
+        // A worker that does not answer is past listening; the deadline is for it.
+        let _ = control
+            .workers
+            .ask_all(|answer| {
+                let _ = answer.send(());
+                Task::Phase
+            })
+            .await;
+    }
+}
+
+async fn list(control: &Control) -> Vec<InFlight> {
+    control.workers.ask_all(|answer| Task::InFlight(None, answer)).await.map_or_else(|_| Vec::new(), |lists| lists.concat())
+}
+
+/// Connections are counted by the sockets themselves: the last one gone, all that was sent has been acknowledged.
+async fn nothing_left(control: &Control) {
+    while (control.connections)() > 0 {
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+}
+
+/// Ends what is left, and names it.
+async fn cut(control: &Control) -> Vec<InFlight> {
+    enter(control, Phase::Aborting).await;
+    let cut = control.workers.ask_all(Task::Cut).await.map_or_else(|_| Vec::new(), |lists| lists.concat());
+    for request in &cut {
+        let age = request.age.as_secs_f64();
+        tracing::error!(id = request.id, method = request.method, path = request.path, age_seconds = age, "request cut");
+    }
+    cut
+}
+
+fn finish(control: &Control, receipt: &Receipt, drain: &Drain) {
+    let json = serde_json::to_string(receipt).unwrap_or_default();
+    tracing::info!(receipt = %json, "drained");
+    if let Some(path) = &drain.receipt
+        && let Err(error) = std::fs::write(path, format!("{json}\n"))
+    {
+        tracing::error!(path = %path.display(), %error, "the receipt cannot be written");
+    }
+    control.add_receipt(receipt.clone());
+    control.phase.advance(Phase::Exited);
+}
