@@ -1,0 +1,293 @@
+//! The admin protocol (HTTP over the unix socket: everything that changes something) and the ops endpoints (everything that tells).
+
+use std::{convert::Infallible, net::IpAddr, rc::Rc, sync::Arc, time::Duration};
+
+use http::{Method, Request, Response, StatusCode, header};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::{body::Incoming, server::conn::http1};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use serde::{Deserialize, Serialize};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, UnixListener},
+    sync::{Semaphore, oneshot},
+};
+
+use super::{
+    Control,
+    reconcile::{self, Change, Swap, SwapOrder},
+    status,
+};
+use crate::{lifecycle::Phase, lifecycle::drain::CutRequest, telemetry::metrics};
+
+type Answer = Response<Full<bytes::Bytes>>;
+
+/// An order to the admin socket is small.
+const MAX_BODY: usize = 64 * 1024;
+/// Connections served at once on each of the two; more wait in the backlog.
+const MAX_CONNECTIONS: usize = 64;
+const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// `POST /swap`.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct SwapRequest {
+    pub upstream: String,
+    pub set: String,
+    #[serde(default)]
+    pub wait: bool,
+    #[serde(default = "default_timeout")]
+    pub timeout_seconds: f64,
+    #[serde(default)]
+    pub dry_run: bool,
+    #[serde(default)]
+    pub force: bool,
+}
+
+fn default_timeout() -> f64 {
+    60.0
+}
+
+/// `POST /endpoint`.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct EndpointRequest {
+    pub upstream: String,
+    pub address: String,
+    pub disabled: bool,
+}
+
+/// What every order is answered with; `ok` is the exit code.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Outcome {
+    pub ok: bool,
+    pub message: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub receipt: Option<serde_json::Value>,
+    /// Requests that are still there after the time-out.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub left: Vec<serde_json::Value>,
+}
+
+impl Outcome {
+    fn new(ok: bool, message: impl Into<String>) -> Self {
+        Outcome { ok, message: message.into(), receipt: None, left: Vec::new() }
+    }
+}
+
+/// Serves the admin socket until its task is dropped. Only the process's own user can open it (mode 0600).
+pub async fn serve_admin(control: Arc<Control>, listener: UnixListener) {
+    let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        let Ok(permit) = permits.clone().acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let by = stream.peer_cred().map_or_else(|_| "unknown".to_owned(), |c| format!("uid {}", c.uid()));
+                let control = control.clone();
+                tokio::task::spawn_local(async move {
+                    serve(stream, |request| admin(control.clone(), by.clone(), request)).await;
+                    drop(permit);
+                });
+            }
+            Err(error) => {
+                tracing::error!(%error, "accept on the admin socket failed; trying again");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+    }
+}
+
+/// Serves the ops port until its task is dropped.
+pub async fn serve_ops(control: Arc<Control>, listener: TcpListener) {
+    let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        let Ok(permit) = permits.clone().acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((stream, peer)) => {
+                let control = control.clone();
+                tokio::task::spawn_local(async move {
+                    serve(stream, |request| std::future::ready(ops(&control, peer.ip().to_canonical(), &request))).await;
+                    drop(permit);
+                });
+            }
+            Err(error) => {
+                tracing::error!(%error, "accept on the ops port failed; trying again");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+    }
+}
+
+async fn serve<S, F>(stream: S, handle: impl Fn(Request<Incoming>) -> F)
+where
+    S: AsyncRead + AsyncWrite + Unpin + 'static,
+    F: Future<Output = Answer>,
+{
+    let handle = Rc::new(handle);
+    let service = hyper::service::service_fn(|request| {
+        let handle = handle.clone();
+        async move { Ok::<_, Infallible>(handle(request).await) }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIMEOUT)
+        .serve_connection(TokioIo::new(stream), service);
+    if let Err(error) = connection.await {
+        tracing::debug!(%error, "an ops or admin connection ended");
+    }
+}
+
+fn text(code: StatusCode, text: impl Into<String>) -> Answer {
+    let mut response = Response::new(Full::from(bytes::Bytes::from(text.into())));
+    *response.status_mut() = code;
+    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static("text/plain; charset=utf-8"));
+    response
+}
+
+fn json(code: StatusCode, value: &impl Serialize) -> Answer {
+    let mut response = text(code, serde_json::to_string_pretty(value).unwrap_or_default() + "\n");
+    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/json"));
+    response
+}
+
+fn ops(control: &Control, peer: IpAddr, request: &Request<Incoming>) -> Answer {
+    if !matches!(*request.method(), Method::GET | Method::HEAD) {
+        return text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD\n");
+    }
+    let path = request.uri().path();
+    let listed = |nets: &[ipnet::IpNet]| nets.iter().any(|net| net.contains(&peer));
+    match path {
+        "/livez" => {
+            let hung = control.hung_workers();
+            if hung.is_empty() {
+                text(StatusCode::OK, "ok\n")
+            } else {
+                text(StatusCode::SERVICE_UNAVAILABLE, format!("no sign of life from workers {hung:?} for 5 s\n"))
+            }
+        }
+        "/readyz" | "/healthz" => ready(control),
+        "/metrics" => {
+            let mut response = text(StatusCode::OK, control.metrics.encode());
+            response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(metrics::CONTENT_TYPE));
+            response
+        }
+        "/status" | "/vote" if !listed(&control.store.load().settings.listen.ops_allow) => {
+            text(StatusCode::FORBIDDEN, format!("{peer} is not in listen.ops_allow\n"))
+        }
+        "/status" => json(StatusCode::OK, &status::status(control)),
+        "/vote" => vote(control, request.uri().query().unwrap_or("")),
+        _ => text(StatusCode::NOT_FOUND, "one of /livez /readyz /healthz /metrics /status /vote?upstream=&set=\n"),
+    }
+}
+
+fn ready(control: &Control) -> Answer {
+    let phase = control.phase.get();
+    let told = control.told();
+    match phase {
+        Phase::Running => text(StatusCode::OK, "ok\n"),
+        Phase::LameDuck if told.health_fails_at.is_some_and(|at| tokio::time::Instant::now() < at) => text(StatusCode::OK, "ok\n"),
+        Phase::Starting => text(StatusCode::SERVICE_UNAVAILABLE, format!("Starting: {}\n", told.waiting_for.join("; "))),
+        leaving => text(StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", leaving.name())),
+    }
+}
+
+fn vote(control: &Control, query: &str) -> Answer {
+    let parameter = |name: &str| query.split('&').find_map(|p| p.strip_prefix(name)?.strip_prefix('=')).unwrap_or("");
+    match reconcile::vote(&control.store.load(), parameter("upstream"), parameter("set"), false) {
+        Ok(()) => json(StatusCode::OK, &serde_json::json!({ "vote": "yes" })),
+        Err(reason) => json(StatusCode::CONFLICT, &serde_json::json!({ "vote": "no", "reason": reason })),
+    }
+}
+
+async fn admin(control: Arc<Control>, by: String, request: Request<Incoming>) -> Answer {
+    let (parts, body) = request.into_parts();
+    let body = match Limited::new(body, MAX_BODY).collect().await {
+        Ok(body) => body.to_bytes(),
+        Err(error) => return json(StatusCode::BAD_REQUEST, &Outcome::new(false, error.to_string())),
+    };
+    let outcome = match (parts.method, parts.uri.path()) {
+        (Method::GET, "/status") => return json(StatusCode::OK, &status::status(&control)),
+        (Method::POST, "/reload") => reload(&control).await,
+        (Method::POST, "/swap") => match serde_json::from_slice(&body) {
+            Ok(order) => swap(&control, by, order).await,
+            Err(error) => Outcome::new(false, format!("not a swap order: {error}")),
+        },
+        (Method::POST, "/endpoint") => match serde_json::from_slice(&body) {
+            Ok(order) => endpoint(&control, order).await,
+            Err(error) => Outcome::new(false, format!("not an endpoint order: {error}")),
+        },
+        (Method::POST, "/drain") => {
+            control.terminate.send_modify(|r| {
+                r.times += 1;
+                r.by = by;
+            });
+            Outcome::new(true, "draining")
+        }
+        (_, path) => return json(StatusCode::NOT_FOUND, &Outcome::new(false, format!("no such order: {path}"))),
+    };
+    json(if outcome.ok { StatusCode::OK } else { StatusCode::CONFLICT }, &outcome)
+}
+
+/// Sends a change and waits for its answer.
+async fn ask<T>(control: &Control, change: impl FnOnce(oneshot::Sender<T>) -> Change) -> Result<T, String> {
+    let (answer, receiver) = oneshot::channel();
+    let gone = |_| "the control plane has ended".to_owned();
+    control.changes.send(change(answer)).await.map_err(|_| gone(()))?;
+    receiver.await.map_err(|_| gone(()))
+}
+
+async fn reload(control: &Control) -> Outcome {
+    match ask(control, |answer| Change::Reload { by: "reload", answer: Some(answer) }).await {
+        Ok(done) if done.outcome == "refused" => Outcome::new(false, format!("refused:\n{}", done.reason)),
+        Ok(done) => Outcome::new(true, format!("{} (generation {})", done.outcome, done.generation)),
+        Err(reason) => Outcome::new(false, reason),
+    }
+}
+
+async fn endpoint(control: &Control, order: EndpointRequest) -> Outcome {
+    let EndpointRequest { upstream, address, disabled } = order;
+    match ask(control, |answer| Change::Endpoint { upstream, address, disabled, answer }).await {
+        Ok(Ok(message)) => Outcome::new(true, message),
+        Ok(Err(reason)) | Err(reason) => Outcome::new(false, reason),
+    }
+}
+
+async fn swap(control: &Control, by: String, order: SwapRequest) -> Outcome {
+    let Ok(budget) = Duration::try_from_secs_f64(order.timeout_seconds) else {
+        return Outcome::new(false, "timeout_seconds must be a number from 0".to_owned());
+    };
+    let change = SwapOrder {
+        upstream: order.upstream.clone(),
+        set: order.set.clone(),
+        dry_run: order.dry_run,
+        force: order.force,
+        by,
+        budget,
+    };
+    let turn = match ask(control, |answer| Change::Swap(change, answer)).await {
+        Ok(Ok(Swap::Turned(turn))) => turn,
+        Ok(Ok(Swap::Nothing(message))) => return Outcome::new(true, message),
+        Ok(Err(reason)) | Err(reason) => return Outcome::new(false, reason),
+    };
+    let turned = format!("upstream {} has turned to set {}", order.upstream, order.set);
+    match turn.barrier.await {
+        Ok(Ok(())) => {}
+        Ok(Err(workers)) => return Outcome::new(false, format!("{turned}, but workers {workers:?} have not passed the barrier")),
+        Err(_) => return Outcome::new(false, "the control plane has ended"),
+    }
+    if !order.wait {
+        return Outcome::new(true, turned);
+    }
+    match tokio::time::timeout(budget, turn.receipt).await {
+        Ok(Ok(receipt)) => {
+            let mut outcome = Outcome::new(true, format!("{turned}; the old set has drained"));
+            outcome.receipt = serde_json::to_value(&receipt).ok();
+            outcome
+        }
+        Ok(Err(_)) => Outcome::new(false, "the control plane has ended"),
+        Err(_) => {
+            let left = reconcile::in_flight(control, turn.old_serial).await;
+            let mut outcome = Outcome::new(false, format!("{turned}; after {budget:?} {} requests are left on the old set", left.len()));
+            outcome.left = left.into_iter().filter_map(|r| serde_json::to_value(CutRequest::from(r)).ok()).collect();
+            outcome
+        }
+    }
+}
