@@ -1,0 +1,30 @@
+//! Slackwater: an edge proxy for PHP-FPM. The way of a request through the files:
+//!
+//! A connection is accepted by [`edge::listener`], which hands it to the worker that has the fewest. [`edge::sniff`] tells HTTP/1 from
+//! HTTP/2 by the first bytes, [`edge::connection`] drives hyper under the deadlines that [`edge::io`] keeps, and calls the service.
+//!
+//! [`http::stack`] is that service and reads from top to bottom: request id, guards, real client, site, path, route
+//! ([`http::route`]), then a file ([`http::files`]) or a script. A script goes to [`http::forward`]: its body is read whole ([`http::body`],
+//! beyond memory to [`http::spill`]), then it is dispatched.
+//!
+//! [`upstream::dispatch`] looks at the current [`upstream::snapshot`] in [`upstream::store`] and takes, in one step, a lease, a slot or a
+//! place in the queue ([`upstream::admission`]). [`fastcgi::exchange`] speaks with FPM in records ([`fastcgi::record`]), parameters
+//! ([`fastcgi::params`]) and heads ([`fastcgi::response`]). A small answer goes back at once; a larger one through [`http::pipe`].
+//! The connection is parked ([`fastcgi::pool`]) or closed; if the client has left, [`fastcgi::reaper`] reads on until FPM has
+//! finished. [`http::inflight`] notes the end.
+//!
+//! What the snapshot should be is decided on another thread: [`control::reconcile`] takes each change, [`control::build`] makes the
+//! next snapshot, the store swaps it. [`app`] wires both planes together and is the only file that knows both.
+#![deny(unsafe_code)]
+
+pub mod app;
+pub mod cli;
+pub mod control;
+pub mod edge;
+pub mod error;
+pub mod fastcgi;
+pub mod http;
+pub mod lifecycle;
+pub mod model;
+pub mod telemetry;
+pub mod upstream;

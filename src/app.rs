@@ -1,0 +1,481 @@
+//! Wires the planes together: the only file that knows both.
+//!
+//! Threads: one per worker, one that accepts (with one worker it does that itself), one for the control plane, one for the ops
+//! port, and the pool for everything that may block.
+
+use std::{
+    cell::RefCell,
+    collections::BTreeSet,
+    io,
+    net::SocketAddr,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    rc::Rc,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    net::{TcpListener, UnixListener},
+    runtime::{Builder, Handle, LocalOptions, LocalRuntime},
+    sync::{mpsc, oneshot, watch},
+};
+
+use crate::{
+    control::{
+        Control, Told, api,
+        build::{self, Before},
+        config::{self, Config},
+        reconcile::{Change, Listeners, Reconciler},
+        status,
+        switch::Switch,
+        terminate::{self, Requested},
+    },
+    edge::{
+        connection::{self, Shared},
+        listener::{self, Accepted, Caps, Command, Counts, Permit, Sink},
+        registry,
+    },
+    error::Error,
+    http::{
+        files::{FileLimits, Files},
+        inflight::{self, Sinks},
+        spill::{Budget, Buffers},
+        stack::{self, Worker},
+    },
+    lifecycle::{
+        Phase, PhaseCell,
+        signal::{Signal, Signals},
+    },
+    model::{Peer, Settings},
+    telemetry::{access_log::AccessLog, metrics::Metrics, sink::Target, tracing::Log},
+    upstream::{
+        Dispatcher, Store,
+        dispatch::now_ms,
+        store::{Task, Workers},
+    },
+};
+
+const HEARTBEAT_EVERY: Duration = Duration::from_millis(100);
+const WATCH_EVERY: Duration = Duration::from_secs(1);
+const FLUSH_LIMIT: Duration = Duration::from_secs(1);
+const CHANNEL: usize = 1024;
+/// Threads that may block at once in the process's pool.
+const POOL_THREADS: usize = 64;
+/// Kept for listeners, logs, FPM and files when "auto" shares out file descriptors.
+const SPARE_DESCRIPTORS: usize = 64;
+
+/// Runs until asked to end. Exit code 0, or 3 if requests were cut.
+pub fn run(path: &Path) -> Result<u8, String> {
+    let began = Instant::now();
+    let config = config::load(path, &|name| std::env::var(name).ok())
+        .map_err(|problems| problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))?;
+    let settings = config.settings.clone();
+    let log = crate::telemetry::tracing::init(settings.log.format, &settings.log.level)?;
+    for warning in &config.warnings {
+        tracing::warn!("{warning}");
+    }
+    let switch = match &settings.state {
+        Some(path) => {
+            let mut switch = Switch::load(path).map_err(|e| format!("state file {}: {e}", path.display()))?;
+            switch.prune(&config.upstreams);
+            switch
+        }
+        None => Switch::default(),
+    };
+    let workers = settings.workers.unwrap_or_else(|| thread::available_parallelism().map_or(1, usize::from));
+    let retired = BTreeSet::new();
+    let snapshot = build::build(&config, &Before { snapshot: None, switch: &switch, workers, retired: &retired })?;
+
+    let pool = Builder::new_current_thread().max_blocking_threads(POOL_THREADS).build().map_err(|e| format!("pool: {e}"))?;
+    let buffers = Buffers {
+        memory: Budget::new(settings.buffer.total),
+        disk: Budget::new(settings.buffer.disk),
+        pool: pool.handle().clone(),
+    };
+    let access = AccessLog::start(settings.log.access.clone(), Target::from(&*settings.log.access_file))
+        .map_err(|e| format!("access_file {}: {e}", settings.log.access_file))?;
+    let store = Arc::new(Store::new(snapshot));
+    let phase = Arc::new(PhaseCell::default());
+    let metrics = Metrics::new(workers);
+    let counts = Counts::new(workers);
+    let heartbeats: Arc<[AtomicU64]> = (0..workers).map(|_| AtomicU64::new(now_ms())).collect();
+    let files = Files::new(buffers.pool.clone(), FileLimits::default());
+
+    let (task_senders, task_receivers): (Vec<_>, Vec<_>) = (0..workers).map(|_| mpsc::channel(CHANNEL)).unzip();
+    let (changes_sender, changes) = mpsc::channel(CHANNEL);
+    let (terminate_sender, _) = watch::channel(Requested::default());
+    let control = Arc::new(Control {
+        store: store.clone(),
+        phase: phase.clone(),
+        workers: Workers::new(task_senders),
+        metrics: metrics.clone(),
+        changes: changes_sender,
+        terminate: terminate_sender,
+        heartbeats: heartbeats.clone(),
+        connections: {
+            let counts = counts.clone();
+            Box::new(move || counts.total())
+        },
+        told: Mutex::new(Told { warnings: config.warnings.clone(), ..Told::default() }),
+    });
+    metrics.set_source({
+        let (control, buffers) = (Arc::downgrade(&control), buffers.clone());
+        Box::new(move || match control.upgrade() {
+            Some(control) => status::gauges(&control, buffers.memory.used(), buffers.disk.used()),
+            None => crate::telemetry::metrics::Gauges::default(),
+        })
+    });
+
+    // Bound before anything runs: an address in use ends the start with one line.
+    let listeners = settings.listen.http.iter().map(|a| listener::bind(*a)).collect::<io::Result<Vec<_>>>().map_err(|e| e.to_string())?;
+    let ops = settings.listen.ops.map(listener::bind).transpose().map_err(|e| format!("listen.ops: {e}"))?;
+    let admin = bind_admin(&settings.listen.admin)?;
+
+    let shared = Arc::new(WorkerParts { store, phase, buffers: buffers.clone(), access: access.clone(), metrics, files, heartbeats, control: control.clone() });
+    let (command_sender, commands) = mpsc::channel(16);
+    let mut commands = Some(commands);
+    let caps = caps(&settings);
+    let mut connection_senders = Vec::new();
+    for (index, tasks) in task_receivers.into_iter().enumerate() {
+        let (sender, connections) = mpsc::channel(CHANNEL);
+        connection_senders.push(sender);
+        let accept = if workers == 1 { commands.take().map(|c| (c, counts.clone(), caps.clone())) } else { None };
+        let shared = shared.clone();
+        spawn(&format!("worker-{index}"), move || local(worker(index, shared, tasks, connections, accept)))?;
+    }
+    if let Some(commands) = commands {
+        let (counts, caps) = (counts.clone(), caps.clone());
+        spawn("acceptor", move || local(listener::accept(commands, counts, caps, Sink::Workers(connection_senders))))?;
+    }
+    if let Some(ops) = ops {
+        let control = control.clone();
+        spawn("ops", move || {
+            local(async move {
+                match TcpListener::from_std(ops) {
+                    Ok(listener) => api::serve_ops(control, listener).await,
+                    Err(error) => tracing::error!(%error, "the ops port cannot be used"),
+                }
+            });
+        })?;
+    }
+
+    let listening = Listening {
+        commands: command_sender.clone(),
+        current: settings.listen.http.iter().copied().collect(),
+        prepared: listeners,
+        log,
+        access: access.clone(),
+        buffers,
+    };
+    let cut = local(control_plane(control, path.to_owned(), config, switch, listening, changes, admin, access.clone(), command_sender, began));
+    let _ = std::fs::remove_file(&settings.listen.admin);
+    access.flush_and_stop(FLUSH_LIMIT);
+    Ok(if cut { 3 } else { 0 })
+}
+
+/// The control plane's thread: signals, changes, probes, the admin socket, and the way out. Gives whether anything was cut.
+#[expect(clippy::too_many_arguments, reason = "called once, right above")]
+async fn control_plane(
+    control: Arc<Control>,
+    path: PathBuf,
+    config: Config,
+    switch: Switch,
+    mut listening: Listening,
+    changes: mpsc::Receiver<Change>,
+    admin: std::os::unix::net::UnixListener,
+    access: AccessLog,
+    commands: mpsc::Sender<Command>,
+    began: Instant,
+) -> bool {
+    let settings = config.settings.clone();
+    let mut signals = match Signals::install() {
+        Ok(signals) => signals,
+        Err(error) => {
+            tracing::error!(%error, "signals cannot be handled");
+            return false;
+        }
+    };
+    match UnixListener::from_std(admin) {
+        Ok(listener) => drop(tokio::task::spawn_local(api::serve_admin(control.clone(), listener))),
+        Err(error) => tracing::error!(%error, "the admin socket cannot be used"),
+    }
+    listening.commit(&settings);
+    tracing::info!(
+        http = ?settings.listen.http, ops = ?settings.listen.ops, workers = control.workers.len(),
+        milliseconds = began.elapsed().as_millis() as u64, "listening"
+    );
+    if settings.reload == crate::model::settings::ReloadMode::Watch {
+        tokio::task::spawn_local(watch_files(control.clone(), path.clone(), config.files.clone()));
+    }
+    let reconciler = Reconciler::new(control.clone(), path, config, switch, Box::new(listening));
+    let reconciling = tokio::task::spawn_local(reconciler.run(changes));
+
+    let requested = control.terminate.subscribe();
+    let handling = {
+        let control = control.clone();
+        tokio::task::spawn_local(async move {
+            loop {
+                let signal = signals.next().await;
+                tracing::info!(?signal, "signal");
+                match signal {
+                    // A storm of them needs no more than one more look at the file.
+                    Signal::Reload => drop(control.changes.try_send(Change::Reload { by: "SIGHUP", answer: None })),
+                    Signal::ReopenLogs => {
+                        if let Err(error) = access.reopen() {
+                            tracing::error!(%error, "the access log cannot be reopened");
+                        }
+                    }
+                    Signal::Drain | Signal::DrainNow => control.terminate.send_modify(|r| {
+                        r.times += 1;
+                        r.now |= signal == Signal::DrainNow;
+                        r.by = format!("{signal:?}");
+                    }),
+                }
+            }
+        })
+    };
+    let cut = terminate::terminate(control, requested, || async move {
+        let (done, closed) = oneshot::channel();
+        commands.send(Command::Close(done)).await.ok().map(|()| closed)
+    })
+    .await;
+    handling.abort();
+    reconciling.abort();
+    cut
+}
+
+/// `reload = "watch"`: looks at the files' identity, time and size; a ConfigMap changes them by a renamed link.
+async fn watch_files(control: Arc<Control>, path: PathBuf, mut files: Vec<PathBuf>) {
+    use std::os::unix::fs::MetadataExt;
+    if !files.contains(&path) {
+        files.push(path);
+    }
+    let look = || -> Vec<_> {
+        files.iter().map(|f| std::fs::metadata(f).map(|m| (m.dev(), m.ino(), m.mtime(), m.mtime_nsec(), m.len())).ok()).collect()
+    };
+    let mut before = look();
+    loop {
+        tokio::time::sleep(WATCH_EVERY).await;
+        let now = look();
+        if now != before {
+            before = now;
+            let _ = control.changes.send(Change::Reload { by: "watch", answer: None }).await;
+        }
+    }
+}
+
+/// What every worker is given.
+struct WorkerParts {
+    store: Arc<Store>,
+    phase: Arc<PhaseCell>,
+    buffers: Buffers,
+    access: AccessLog,
+    metrics: Arc<Metrics>,
+    files: Files,
+    heartbeats: Arc<[AtomicU64]>,
+    control: Arc<Control>,
+}
+
+type Acceptor = (mpsc::Receiver<Command>, Arc<Counts>, Caps);
+
+async fn worker(
+    index: usize,
+    parts: Arc<WorkerParts>,
+    tasks: mpsc::Receiver<Task>,
+    mut connections: mpsc::Receiver<Accepted>,
+    accept: Option<Acceptor>,
+) {
+    let dispatcher = Rc::new(Dispatcher::new(index, parts.store.clone(), parts.control.workers.clone()));
+    let shard = parts.metrics.shard(index);
+    let sinks = Rc::new(Sinks { registry: inflight::Registry::default(), access: parts.access.writer(), metrics: shard.clone() });
+    let worker = Worker::new(dispatcher.clone(), parts.phase.clone(), parts.buffers.clone(), parts.files.clone(), sinks.clone());
+    let registry = Rc::new(registry::Registry::default());
+    let shared = Rc::new(Shared {
+        phase: parts.phase.clone(),
+        registry: registry.clone(),
+        settings: {
+            let store = parts.store.clone();
+            Box::new(move || store.load().settings.clone())
+        },
+        refused: {
+            let sinks = sinks.clone();
+            Box::new(move |peer: &Peer, error: &Error| refused(&sinks, peer, error))
+        },
+    });
+    tokio::task::spawn_local(dispatcher.clone().sweep());
+    tokio::task::spawn_local(do_tasks(tasks, dispatcher, registry, sinks.clone()));
+    tokio::task::spawn_local({
+        let heartbeats = parts.heartbeats.clone();
+        async move {
+            loop {
+                if let Some(beat) = heartbeats.get(index) {
+                    beat.store(now_ms(), Ordering::Relaxed);
+                }
+                sinks.access.tick();
+                tokio::time::sleep(HEARTBEAT_EVERY).await;
+            }
+        }
+    });
+
+    let serve = Rc::new(move |stream, peer: Peer, permit: Permit| {
+        let (worker, shared, shard) = (worker.clone(), shared.clone(), shard.clone());
+        let service = tower::service_fn(move |request| {
+            let answered = stack::serve(worker.clone(), peer, request);
+            async move { Ok::<_, std::convert::Infallible>(answered.await) }
+        });
+        tokio::task::spawn_local(async move {
+            shard.connection_opened();
+            connection::serve(shared, stream, peer, service).await;
+            shard.connection_closed();
+            drop(permit);
+        });
+    });
+    if let Some((commands, counts, caps)) = accept {
+        let serve = serve.clone();
+        let here = Sink::Here(Box::new(move |stream, peer, permit| serve(stream, peer, permit)));
+        tokio::task::spawn_local(listener::accept(commands, counts, caps, here));
+    }
+    while let Some(Accepted { stream, peer, permit }) = connections.recv().await {
+        match tokio::net::TcpStream::from_std(stream) {
+            Ok(stream) => serve(stream, peer, permit),
+            Err(error) => tracing::error!(%error, "a connection cannot be taken over"),
+        }
+    }
+    // Where the worker accepts by itself nobody sends here; it lives as long as the process.
+    std::future::pending::<()>().await;
+}
+
+/// Says and counts what hyper, or a deadline, refused before there was a request.
+fn refused(sinks: &Sinks, peer: &Peer, error: &Error) {
+    let status = error.kind.status().as_u16();
+    tracing::info!(peer = %peer.remote, status, cause = error.kind.cause(), detail = error.detail, "refused before it was a request");
+    sinks.metrics.error(error.kind.cause());
+    sinks.metrics.request("", status, "", "", 0.0);
+}
+
+/// What other threads ask of this worker.
+async fn do_tasks(mut tasks: mpsc::Receiver<Task>, dispatcher: Rc<Dispatcher>, connections: Rc<registry::Registry>, sinks: Rc<Sinks>) {
+    while let Some(task) = tasks.recv().await {
+        match task {
+            Task::Barrier(answer) => drop(answer.send(())),
+            Task::Unpark(endpoint) => dispatcher.unpark(endpoint),
+            Task::InFlight(activation, answer) => drop(answer.send(sinks.registry.list(activation))),
+            Task::Phase => connections.wake_all(),
+            Task::Cut(answer) => {
+                let _ = answer.send(sinks.registry.list(None));
+                sinks.registry.mark_cut();
+                connections.abort_all();
+            }
+        }
+    }
+}
+
+/// The reconciler's hand on sockets, logs and budgets.
+struct Listening {
+    commands: mpsc::Sender<Command>,
+    current: BTreeSet<SocketAddr>,
+    prepared: Vec<std::net::TcpListener>,
+    log: Log,
+    access: AccessLog,
+    buffers: Buffers,
+}
+
+impl Listeners for Listening {
+    fn prepare(&mut self, wanted: &[SocketAddr]) -> io::Result<()> {
+        self.prepared =
+            wanted.iter().filter(|a| !self.current.contains(a)).map(|a| listener::bind(*a)).collect::<io::Result<Vec<_>>>()?;
+        Ok(())
+    }
+
+    fn commit(&mut self, settings: &Settings) {
+        let keep: Vec<SocketAddr> = settings.listen.http.clone();
+        self.current = keep.iter().copied().collect();
+        let add = std::mem::take(&mut self.prepared);
+        for command in [Command::Caps(caps(settings)), Command::Listen { keep, add }] {
+            if self.commands.try_send(command).is_err() {
+                tracing::error!("the acceptor does not take commands");
+            }
+        }
+        self.buffers.memory.set_limit(settings.buffer.total);
+        self.buffers.disk.set_limit(settings.buffer.disk);
+    }
+
+    fn abandon(&mut self) {
+        self.prepared.clear();
+    }
+
+    fn apply(&mut self, settings: &Settings) -> Result<(), String> {
+        self.access
+            .set_target(Target::from(&*settings.log.access_file))
+            .map_err(|e| format!("access_file {}: {e}", settings.log.access_file))?;
+        self.access.set_format(settings.log.access.clone());
+        self.log.set_level(&settings.log.level)
+    }
+}
+
+fn caps(settings: &Settings) -> Caps {
+    let listen = &settings.listen;
+    Caps {
+        connections: listen.max_connections.unwrap_or_else(connections_by_descriptors),
+        per_address: listen.max_connections_per_address,
+        trusted: listen.trusted_proxies.clone(),
+    }
+}
+
+/// A client and a connection to FPM for each, and some to spare.
+fn connections_by_descriptors() -> usize {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    let limit = limit.and_then(|n| usize::try_from(n).ok()).unwrap_or(1 << 20);
+    (limit.saturating_sub(SPARE_DESCRIPTORS) / 2).max(16)
+}
+
+/// Mode 0600 from its first moment: bound under a name of its own, then renamed. A socket that nobody answers on is replaced.
+fn bind_admin(path: &Path) -> Result<std::os::unix::net::UnixListener, String> {
+    let open = || -> io::Result<std::os::unix::net::UnixListener> {
+        if let Some(folder) = path.parent() {
+            std::fs::create_dir_all(folder)?;
+        }
+        if std::os::unix::net::UnixStream::connect(path).is_ok() {
+            return Err(io::Error::new(io::ErrorKind::AddrInUse, "another process answers there"));
+        }
+        let temporary = path.with_extension(format!("{}.new", std::process::id()));
+        let _ = std::fs::remove_file(&temporary);
+        let listener = std::os::unix::net::UnixListener::bind(&temporary)?;
+        std::fs::set_permissions(&temporary, std::fs::Permissions::from_mode(0o600))?;
+        std::fs::rename(&temporary, path)?;
+        listener.set_nonblocking(true)?;
+        Ok(listener)
+    };
+    open().map_err(|e| format!("listen.admin {}: {e}", path.display()))
+}
+
+fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), String> {
+    let guarded = {
+        let name = name.to_owned();
+        move || {
+            // A thread that dies ends the process: half a proxy is worse than one that is started anew.
+            if std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err() {
+                eprintln!("slackwater: thread {name} has died; the process ends");
+                std::process::exit(4);
+            }
+        }
+    };
+    thread::Builder::new().name(name.to_owned()).spawn(guarded).map(drop).map_err(|e| format!("thread {name}: {e}"))
+}
+
+/// Runs `work` on a single-threaded runtime of this thread.
+fn local<T>(work: impl Future<Output = T>) -> T {
+    let runtime = Builder::new_current_thread().enable_all().max_blocking_threads(1).build_local(LocalOptions::default());
+    match runtime {
+        Ok(runtime) => LocalRuntime::block_on(&runtime, work),
+        Err(error) => {
+            eprintln!("slackwater: no runtime: {error}");
+            std::process::exit(4);
+        }
+    }
+}

@@ -1,0 +1,142 @@
+//! The command line, one command a file.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+
+pub mod check;
+pub mod demo;
+pub mod order;
+pub mod render;
+
+const CONFIG: &str = "config/slackwater.toml";
+
+#[derive(Parser)]
+#[command(name = "slackwater", version, about = "An edge proxy for PHP-FPM: blue/green swaps, drains and reloads without a dropped request")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run
+    Serve(ConfigFile),
+    /// Validate the configuration; print every error with file:line:column
+    Check {
+        #[command(flatten)]
+        config: ConfigFile,
+        /// Print everything that is in force, defaults included
+        #[arg(long)]
+        expand: bool,
+    },
+    /// Fill {{NAME}} placeholders in specs from the environment
+    Render {
+        #[arg(required = true)]
+        paths: Vec<PathBuf>,
+    },
+    /// As SIGHUP, but waits and prints the outcome
+    Reload(Admin),
+    /// Turn an upstream's traffic to another set
+    Swap {
+        upstream: String,
+        set: String,
+        /// Return when the old set has drained, and print the receipt
+        #[arg(long)]
+        wait: bool,
+        /// How long --wait waits, as "60s"
+        #[arg(long, default_value = "60s", value_parser = duration)]
+        timeout: std::time::Duration,
+        /// Only say whether the swap would be taken
+        #[arg(long)]
+        dry_run: bool,
+        /// Also where fewer endpoints are usable than min_ready
+        #[arg(long)]
+        force: bool,
+        #[command(flatten)]
+        admin: Admin,
+    },
+    /// Phase, generation, upstreams, sets, endpoints, queue, drains
+    Status {
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        admin: Admin,
+    },
+    /// Take an endpoint out of service, or back
+    Endpoint {
+        #[arg(value_parser = ["disable", "enable"])]
+        action: String,
+        upstream: String,
+        address: String,
+        #[command(flatten)]
+        admin: Admin,
+    },
+    /// As SIGTERM, and shows progress
+    Drain(Admin),
+    /// A blue and a green PHP-FPM pool and the proxy before them, on loopback
+    Demo(demo::Options),
+}
+
+#[derive(clap::Args)]
+struct ConfigFile {
+    /// Else $SLACKWATER_CONFIG, else config/slackwater.toml
+    #[arg(long, env = "SLACKWATER_CONFIG", default_value = CONFIG)]
+    config: PathBuf,
+}
+
+#[derive(clap::Args)]
+pub struct Admin {
+    /// The admin socket of the running process; else the configuration's listen.admin
+    #[arg(long)]
+    admin: Option<PathBuf>,
+    #[arg(long, env = "SLACKWATER_CONFIG", default_value = CONFIG)]
+    config: PathBuf,
+}
+
+impl Admin {
+    fn socket(&self) -> Result<PathBuf, String> {
+        if let Some(path) = &self.admin {
+            return Ok(path.clone());
+        }
+        crate::control::config::load(&self.config, &|name| std::env::var(name).ok())
+            .map(|config| config.settings.listen.admin.clone())
+            .map_err(|problems| {
+                let list: Vec<String> = problems.iter().map(ToString::to_string).collect();
+                format!("{}\nname the admin socket with --admin PATH, or mend the configuration", list.join("\n"))
+            })
+    }
+}
+
+fn duration(text: &str) -> Result<std::time::Duration, String> {
+    crate::control::config::unit::parse_duration(text).ok_or_else(|| format!("`{text}` is not a duration; write \"60s\""))
+}
+
+pub fn main() -> ExitCode {
+    match Arguments::parse().command {
+        Command::Serve(file) => match crate::app::run(&file.config) {
+            Ok(code) => ExitCode::from(code),
+            Err(reason) => fail(&reason),
+        },
+        Command::Check { config, expand } => check::run(&config.config, expand),
+        Command::Render { paths } => render::run(&paths),
+        Command::Reload(admin) => order::run(admin.socket(), order::Order::Reload),
+        Command::Swap { upstream, set, wait, timeout, dry_run, force, admin } => {
+            let timeout_seconds = timeout.as_secs_f64();
+            let order = crate::control::api::SwapRequest { upstream, set, wait, timeout_seconds, dry_run, force };
+            order::run(admin.socket(), order::Order::Swap(order))
+        }
+        Command::Status { json, admin } => order::run(admin.socket(), order::Order::Status { json }),
+        Command::Endpoint { action, upstream, address, admin } => {
+            let order = crate::control::api::EndpointRequest { upstream, address, disabled: action == "disable" };
+            order::run(admin.socket(), order::Order::Endpoint(order))
+        }
+        Command::Drain(admin) => order::run(admin.socket(), order::Order::Drain),
+        Command::Demo(options) => demo::run(&options),
+    }
+}
+
+fn fail(reason: &str) -> ExitCode {
+    eprintln!("slackwater: {reason}");
+    ExitCode::FAILURE
+}

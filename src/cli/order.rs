@@ -1,0 +1,125 @@
+//! The commands that speak to a running process over its admin socket.
+
+use std::{io, path::PathBuf, process::ExitCode, time::Duration};
+
+use http::Method;
+use serde_json::Value;
+
+use super::fail;
+use crate::control::{
+    api::{EndpointRequest, Outcome, SwapRequest},
+    client,
+};
+
+pub enum Order {
+    Reload,
+    Swap(SwapRequest),
+    Endpoint(EndpointRequest),
+    Status { json: bool },
+    Drain,
+}
+
+pub fn run(socket: Result<PathBuf, String>, order: Order) -> ExitCode {
+    let socket = match socket {
+        Ok(socket) => socket,
+        Err(reason) => return fail(&reason),
+    };
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build_local(Default::default()) {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(&error.to_string()),
+    };
+    match runtime.block_on(give(socket, order)) {
+        Ok(code) => code,
+        Err(error) => fail(&error.to_string()),
+    }
+}
+
+async fn give(socket: PathBuf, order: Order) -> io::Result<ExitCode> {
+    let (path, body) = match &order {
+        Order::Status { json } => {
+            let status = client::call(&socket, Method::GET, "/status", Vec::new()).await?;
+            if *json {
+                print!("{}", String::from_utf8_lossy(&status));
+            } else {
+                print!("{}", table(&serde_json::from_slice(&status)?));
+            }
+            return Ok(ExitCode::SUCCESS);
+        }
+        Order::Reload => ("/reload", Vec::new()),
+        Order::Drain => ("/drain", Vec::new()),
+        Order::Swap(order) => ("/swap", serde_json::to_vec(order)?),
+        Order::Endpoint(order) => ("/endpoint", serde_json::to_vec(order)?),
+    };
+    let answer = client::call(&socket, Method::POST, path, body).await?;
+    let outcome: Outcome = serde_json::from_slice(&answer)?;
+    if outcome.ok {
+        println!("{}", outcome.message);
+    } else {
+        eprintln!("slackwater: {}", outcome.message);
+    }
+    if let Some(receipt) = &outcome.receipt {
+        println!("{receipt}");
+    }
+    for left in &outcome.left {
+        eprintln!("left: {left}");
+    }
+    if matches!(order, Order::Drain) {
+        follow_drain(&socket).await;
+    }
+    Ok(if outcome.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// A line whenever something has changed, until the process is gone.
+async fn follow_drain(socket: &std::path::Path) {
+    let mut last = String::new();
+    while let Ok(status) = client::call(socket, Method::GET, "/status", Vec::new()).await {
+        let status: Value = serde_json::from_slice(&status).unwrap_or_default();
+        let line = format!("{}: {} connections", status["phase"].as_str().unwrap_or("?"), status["connections"]);
+        if line != last {
+            println!("{line}");
+            last = line;
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    println!("gone");
+}
+
+fn table(status: &Value) -> String {
+    let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), ToOwned::to_owned);
+    let mut out = format!(
+        "phase {}, generation {}, configuration {}\n",
+        text(&status["phase"]),
+        status["generation"],
+        text(&status["config_hash"])
+    );
+    let empty = serde_json::Map::new();
+    for (name, upstream) in status["upstreams"].as_object().unwrap_or(&empty) {
+        let (active, by) = (text(&upstream["active"]), text(&upstream["active_by"]));
+        out += &format!("\nupstream {name}: active {active} (by {by}), queued {}\n", upstream["queued"]);
+        for (set_name, set) in upstream["sets"].as_object().unwrap_or(&empty) {
+            let saturation = set["saturation"].as_f64().map_or_else(|| "not known".to_owned(), |s| format!("{:.0}%", s * 100.0));
+            out += &format!("  set {set_name}: usable {}, saturation {saturation}\n", set["usable"]);
+            for e in set["endpoints"].as_array().into_iter().flatten() {
+                let capacity = e["capacity"].as_u64().map_or_else(|| "?".to_owned(), |n| n.to_string());
+                let line = format!(
+                    "    {:<28} {:<9} busy {} parked {} of {capacity} {}",
+                    text(&e["address"]),
+                    text(&e["state"]),
+                    e["busy"],
+                    e["parked"],
+                    text(&e["reason"])
+                );
+                out += &format!("{}\n", line.trim_end());
+            }
+        }
+    }
+    for key in ["waiting_for", "warnings"] {
+        for line in status[key].as_array().into_iter().flatten() {
+            out += &format!("\n{key}: {}\n", text(line));
+        }
+    }
+    for receipt in status["drains"].as_array().into_iter().flatten() {
+        out += &format!("\nreceipt: {receipt}\n");
+    }
+    out
+}
