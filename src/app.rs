@@ -4,7 +4,6 @@
 //! port, and the pool for everything that may block.
 
 use std::{
-    cell::RefCell,
     collections::BTreeSet,
     io,
     net::SocketAddr,
@@ -12,7 +11,7 @@ use std::{
     path::{Path, PathBuf},
     rc::Rc,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
     thread,
@@ -21,7 +20,7 @@ use std::{
 
 use tokio::{
     net::{TcpListener, UnixListener},
-    runtime::{Builder, Handle, LocalOptions, LocalRuntime},
+    runtime::{Builder, LocalOptions, LocalRuntime},
     sync::{mpsc, oneshot, watch},
 };
 
@@ -48,7 +47,7 @@ use crate::{
         stack::{self, Worker},
     },
     lifecycle::{
-        Phase, PhaseCell,
+        PhaseCell,
         signal::{Signal, Signals},
     },
     model::{Peer, Settings},

@@ -25,7 +25,7 @@ pub async fn call(socket: &Path, method: Method, path: &str, body: Vec<u8>) -> i
         .method(method)
         .uri(path)
         .header(header::HOST, "slackwater")
-        .body(Full::from(bytes::Bytes::from(body)))
+        .body(Full::<bytes::Bytes>::from(body))
         .map_err(io::Error::other)?;
     let response = sender.send_request(request).await.map_err(broken)?;
     let bytes = response.into_body().collect().await.map_err(broken)?.to_bytes();

@@ -61,15 +61,16 @@ where
     let _entry = context.registry.add(progress.clone());
     let mut io = Io::new(stream, progress.clone());
 
-    let protocol = {
+    let sniffed = {
         let sniffing = sniff::sniff(&mut io);
         tokio::pin!(sniffing);
         // An idle client that has sent nothing yet has idle_timeout; one that has begun, header_timeout.
-        match under_deadlines(&context, &settings, &progress, |cx| sniffing.as_mut().poll(cx)).await {
-            Ok(Ok(Some(protocol))) => protocol,
-            Ok(_) => return,
-            Err(end) => return finish(&context, &peer, &progress, end, io).await,
-        }
+        under_deadlines(&context, &settings, &progress, |cx| sniffing.as_mut().poll(cx)).await
+    };
+    let protocol = match sniffed {
+        Ok(Ok(Some(protocol))) => protocol,
+        Ok(_) => return,
+        Err(end) => return finish(&context, &peer, &progress, end, io).await,
     };
 
     let service = {

@@ -73,8 +73,15 @@ pub struct Reply {
     pub delay: Duration,
 }
 
+/// What stands where PHP would: called once for a request, on the thread that serves all of them.
+pub trait Handler: Fn(&Request) -> Reply + Clone + 'static {}
+impl<H: Fn(&Request) -> Reply + Clone + 'static> Handler for H {}
+
+trait Stream: AsyncRead + AsyncWrite + Unpin {}
+impl<S: AsyncRead + AsyncWrite + Unpin> Stream for S {}
+
 /// Answers as a page of a release would: which one, by which worker, to what. `?sleep_ms=3000` is a slow script.
-pub fn demo_handler(colour: &str) -> impl Fn(&Request) -> Reply + Clone + use<> {
+pub fn demo_handler(colour: &str) -> impl Handler + use<> {
     // It stands in a header, in HTML and in CSS.
     let colour: String = colour.chars().filter(char::is_ascii_alphanumeric).collect();
     move |request| {
@@ -95,7 +102,7 @@ pub fn demo_handler(colour: &str) -> impl Fn(&Request) -> Reply + Clone + use<> 
 }
 
 /// The null responder: always the same `size` bytes, under the headers of a PHP that says nothing itself.
-pub fn fixed(size: usize) -> impl Fn(&Request) -> Reply + Clone {
+pub fn fixed(size: usize) -> impl Handler {
     let mut output = BytesMut::from(&b"X-Powered-By: PHP/8.2\r\nContent-type: text/html; charset=UTF-8\r\n\r\n"[..]);
     output.put_bytes(b'x', size);
     let reply = Reply { output: output.freeze(), delay: Duration::ZERO };
@@ -115,10 +122,7 @@ fn escape(text: &str) -> String {
 
 /// Serves `workers` connections at a time until `shutdown`; then requests that run are finished, and connections closed.
 /// Must run where `spawn_local` may be used.
-pub async fn serve<H>(socket: Socket, workers: usize, handler: H, shutdown: impl Future)
-where
-    H: Fn(&Request) -> Reply + Clone + 'static,
-{
+pub async fn serve(socket: Socket, workers: usize, handler: impl Handler, shutdown: impl Future) {
     let workers = workers.max(1);
     let (free, mut idle) = mpsc::channel(workers);
     for number in 1..=workers {
@@ -169,21 +173,18 @@ impl Drop for Worker {
     }
 }
 
-async fn connection<S, H>(mut stream: S, worker: Worker, handler: H, mut stopped: watch::Receiver<bool>)
-where
-    S: AsyncRead + AsyncWrite + Unpin,
-    H: Fn(&Request) -> Reply,
-{
+async fn connection<S: Stream>(mut stream: S, worker: Worker, handler: impl Handler, mut stopped: watch::Receiver<bool>) {
     if let Err(error) = exchange(&mut stream, worker.number, handler, &mut stopped).await {
         tracing::debug!(%error, worker = worker.number, "responder: connection closed");
     }
 }
 
-async fn exchange<S, H>(stream: &mut S, worker: usize, handler: H, stopped: &mut watch::Receiver<bool>) -> io::Result<()>
-where
-    S: AsyncRead + AsyncWrite + Unpin,
-    H: Fn(&Request) -> Reply,
-{
+async fn exchange<S: Stream>(
+    stream: &mut S,
+    worker: usize,
+    handler: impl Handler,
+    stopped: &mut watch::Receiver<bool>,
+) -> io::Result<()> {
     let (mut input, mut output) = (BytesMut::new(), BytesMut::new());
     let mut intake = Intake { request: Request { worker, ..Request::default() }, ..Intake::default() };
     let mut served = false;
@@ -409,10 +410,7 @@ mod tests {
     }
 
     /// Runs `client` against a responder that is then shut down, and does not return before it is.
-    fn with_responder<H>(workers: usize, handler: H, client: impl AsyncFnOnce(SocketAddr, oneshot::Sender<()>))
-    where
-        H: Fn(&Request) -> Reply + Clone + 'static,
-    {
+    fn with_responder(workers: usize, handler: impl Handler, client: impl AsyncFnOnce(SocketAddr, oneshot::Sender<()>)) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         LocalSet::new().block_on(&runtime, async {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -308,7 +308,8 @@ impl Body for PipeBody {
             return self.give(bytes);
         }
         let next = {
-            let pipe = &mut *self.pipe.borrow_mut();
+            let shared = self.pipe.clone();
+            let pipe = &mut *shared.borrow_mut();
             if let Some(bytes) = pipe.queue.pop_front() {
                 pipe.queued -= bytes.len();
                 pipe.memory.shrink(bytes.len());

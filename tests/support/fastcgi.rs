@@ -156,7 +156,9 @@ pub async fn read_answer(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<An
                 answer.protocol_status = content[4];
                 return Ok(answer);
             }
-            kind => return Err(io::Error::other(format!("a record of type {kind} and {len} bytes"))),
+            kind => {
+                return Err(io::Error::other(format!("a record of type {kind} and {len} bytes")));
+            }
         }
     }
 }

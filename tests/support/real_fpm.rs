@@ -16,8 +16,13 @@ use super::{children, ports};
 /// Until a started FPM answers its ping, and until a stopped one is gone.
 const DEADLINE: Duration = Duration::from_secs(15);
 
-const BINARIES: [&str; 5] =
-    ["/usr/sbin/php-fpm8.2", "/usr/sbin/php-fpm", "/usr/local/sbin/php-fpm", "/usr/sbin/php-fpm8.3", "/usr/sbin/php-fpm8.4"];
+const BINARIES: [&str; 5] = [
+    "/usr/sbin/php-fpm8.2",
+    "/usr/sbin/php-fpm",
+    "/usr/local/sbin/php-fpm",
+    "/usr/sbin/php-fpm8.3",
+    "/usr/sbin/php-fpm8.4",
+];
 
 /// `pm`, with the children it may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,7 +121,8 @@ impl Builder {
     /// Starts it and waits until it answers. Panics with its log otherwise, or if there is none on this machine.
     pub async fn start(self) -> RealFpm {
         let binary = BINARIES.iter().map(Path::new).find(|path| path.exists());
-        let binary = binary.expect("no php-fpm on this machine: apt-get install php8.2-fpm (tests/run does it)").to_owned();
+        let binary =
+            binary.expect("no php-fpm on this machine: apt-get install php8.2-fpm (tests/run does it)").to_owned();
         let folder = tempfile::Builder::new().prefix("fpm-").tempdir().expect("a temporary folder");
         // The workers run as www-data and must get through.
         open_to_all(folder.path(), 0o755);
@@ -297,7 +303,8 @@ impl RealFpm {
             let asked = tokio::time::timeout(DEADLINE, async {
                 if self.plan.ping {
                     let params = fastcgi::script_params("", "/ping", "");
-                    let params: Vec<(&str, &str)> = params.iter().map(|(name, value)| (*name, value.as_str())).collect();
+                    let params: Vec<(&str, &str)> =
+                        params.iter().map(|(name, value)| (*name, value.as_str())).collect();
                     fastcgi::ask(&self.address, &params, &[]).await
                 } else {
                     self.ask("/hello.php", "").await
@@ -367,7 +374,9 @@ impl RealFpm {
                 "pm = dynamic\npm.max_children = {n}\npm.start_servers = 1\npm.min_spare_servers = 1\npm.max_spare_servers = {}\n",
                 n.div_ceil(2)
             ),
-            Pm::OnDemand(n) => format!("pm = ondemand\npm.max_children = {n}\npm.process_idle_timeout = 10s\n"),
+            Pm::OnDemand(n) => {
+                format!("pm = ondemand\npm.max_children = {n}\npm.process_idle_timeout = 10s\n")
+            }
         };
         if plan.status {
             text += "pm.status_path = /status\n";
@@ -378,7 +387,12 @@ impl RealFpm {
         if let Some(address) = &self.status_address {
             let _ = writeln!(text, "pm.status_listen = {address}");
         }
-        let limits = [("post_max_size", "256M"), ("upload_max_filesize", "256M"), ("opcache.validate_timestamps", "1"), ("opcache.revalidate_freq", "0")];
+        let limits = [
+            ("post_max_size", "256M"),
+            ("upload_max_filesize", "256M"),
+            ("opcache.validate_timestamps", "1"),
+            ("opcache.revalidate_freq", "0"),
+        ];
         for (name, value) in limits {
             let _ = writeln!(text, "php_admin_value[{name}] = {value}");
         }
@@ -429,5 +443,9 @@ fn open_to_all(path: &Path, mode: u32) {
 /// Debian's www-data, else nobody, and the group of each.
 fn user() -> (&'static str, &'static str) {
     let known = fs::read_to_string("/etc/passwd").unwrap_or_default();
-    if known.lines().any(|line| line.starts_with("www-data:")) { ("www-data", "www-data") } else { ("nobody", "nogroup") }
+    if known.lines().any(|line| line.starts_with("www-data:")) {
+        ("www-data", "www-data")
+    } else {
+        ("nobody", "nogroup")
+    }
 }

@@ -673,7 +673,8 @@ impl Shared {
                 return behaviour;
             }
             let (uri, name) = (request.uri(), request.param("SCRIPT_NAME").unwrap_or_default());
-            let matching = script.by_path.iter().filter(|(prefix, _)| uri.starts_with(prefix) || name.starts_with(prefix));
+            let matching =
+                script.by_path.iter().filter(|(prefix, _)| uri.starts_with(prefix) || name.starts_with(prefix));
             if let Some((_, behaviour)) = matching.max_by_key(|(prefix, _)| prefix.len()) {
                 return behaviour.clone();
             }
@@ -743,7 +744,9 @@ async fn serve_requests(shared: &Shared, connection: usize, wire: &mut Wire) -> 
         }
         match serve_one(shared, connection, nth, wire).await {
             Err(stop) => return stop,
-            Ok(After::Recycles(most)) if nth + 1 >= most => return read_away(shared, connection, wire).await,
+            Ok(After::Recycles(most)) if nth + 1 >= most => {
+                return read_away(shared, connection, wire).await;
+            }
             Ok(After::AsAsked | After::Recycles(_)) => {}
             Ok(After::ClosesIdle(after)) => {
                 if tokio::time::timeout(after, wire.next_request()).await.is_err() {
@@ -1042,7 +1045,12 @@ impl Wire {
             return Err(io::Error::other("a record of version 0"));
         }
         let len = usize::from(u16::from_be_bytes([bytes[4], bytes[5]]));
-        let header = Header { kind: bytes[1], id: u16::from_be_bytes([bytes[2], bytes[3]]), len, padding: usize::from(bytes[6]) };
+        let header = Header {
+            kind: bytes[1],
+            id: u16::from_be_bytes([bytes[2], bytes[3]]),
+            len,
+            padding: usize::from(bytes[6]),
+        };
         if header.len + header.padding > 65_535 {
             return Err(io::Error::other("content and padding above 65,535 bytes"));
         }
@@ -1090,7 +1098,10 @@ impl Wire {
             };
         }
         if header.kind != fastcgi::BEGIN_REQUEST || header.len != 8 {
-            return Err(Stop::Refuse(format!("a record of type {} and {} bytes instead of BEGIN_REQUEST", header.kind, header.len)));
+            return Err(Stop::Refuse(format!(
+                "a record of type {} and {} bytes instead of BEGIN_REQUEST",
+                header.kind, header.len
+            )));
         }
         let begin = self.content(&header).await.map_err(refuse)?;
         if begin[..2] != [0, 1] {
@@ -1112,7 +1123,10 @@ impl Wire {
                 break;
             }
             params.extend(get_params(&content).ok_or_else(|| {
-                Stop::Refuse("a PARAMS record that is not whole pairs (php-src fcgi_get_params parses each record alone)".to_owned())
+                Stop::Refuse(
+                    "a PARAMS record that is not whole pairs (php-src fcgi_get_params parses each record alone)"
+                        .to_owned(),
+                )
             })?);
         }
         let (body, records) = (Bytes::new(), std::mem::take(&mut self.records));
