@@ -38,13 +38,16 @@ const MIN_BUFFER: usize = 8 * 1024;
 const MAX_HEADERS: usize = 256;
 const NEVER: Duration = Duration::from_secs(365 * 24 * 3600);
 
+/// Told of what was refused before it was a request.
+pub type Refused = Box<dyn Fn(&Peer, &Error)>;
+
 /// What every connection of a worker shares.
 pub struct Shared {
     pub phase: Arc<PhaseCell>,
     pub registry: Rc<Registry>,
     pub settings: Box<dyn Fn() -> Arc<Settings>>,
     /// Told of each request that was refused before it reached the service.
-    pub refused: Box<dyn Fn(&Peer, &Error)>,
+    pub refused: Refused,
 }
 
 /// Serves one accepted connection to its end.

@@ -364,31 +364,14 @@ mod tests {
     fn a_get_is_these_parameters() {
         let headers = map(&[("accept", "*/*"), ("authorization", "Basic QQ=="), ("host", "evil"), ("x-request-id", "evil")]);
         let expected = extra(&[
-            ("GATEWAY_INTERFACE", "CGI/1.1"),
-            ("SERVER_SOFTWARE", "slackwater"),
-            ("REDIRECT_STATUS", "200"),
-            ("REQUEST_METHOD", "GET"),
-            ("REQUEST_URI", "/a%20b?x=1"),
-            ("REQUEST_SCHEME", "https"),
-            ("HTTPS", "on"),
-            ("QUERY_STRING", "x=1"),
-            ("SERVER_PROTOCOL", "HTTP/1.1"),
-            ("DOCUMENT_ROOT", "/app"),
-            ("DOCUMENT_URI", "/index.php"),
-            ("SCRIPT_NAME", "/index.php"),
-            ("SCRIPT_FILENAME", "/app/index.php"),
-            ("CONTENT_TYPE", ""),
-            ("CONTENT_LENGTH", ""),
-            ("REMOTE_ADDR", "192.0.2.7"),
-            ("REMOTE_PORT", "50000"),
-            ("SERVER_ADDR", "2001:db8::1"),
-            ("SERVER_PORT", "443"),
-            ("SERVER_NAME", "example.com"),
-            ("HTTP_HOST", "example.com:8080"),
-            ("HTTP_X_REQUEST_ID", "id-1"),
-            ("HTTP_ACCEPT", "*/*"),
-            ("HTTP_AUTHORIZATION", "Basic QQ=="),
-            ("APP_ENV", "production"),
+            ("GATEWAY_INTERFACE", "CGI/1.1"), ("SERVER_SOFTWARE", "slackwater"), ("REDIRECT_STATUS", "200"),
+            ("REQUEST_METHOD", "GET"), ("REQUEST_URI", "/a%20b?x=1"), ("REQUEST_SCHEME", "https"), ("HTTPS", "on"),
+            ("QUERY_STRING", "x=1"), ("SERVER_PROTOCOL", "HTTP/1.1"), ("DOCUMENT_ROOT", "/app"),
+            ("DOCUMENT_URI", "/index.php"), ("SCRIPT_NAME", "/index.php"), ("SCRIPT_FILENAME", "/app/index.php"),
+            ("CONTENT_TYPE", ""), ("CONTENT_LENGTH", ""), ("REMOTE_ADDR", "192.0.2.7"), ("REMOTE_PORT", "50000"),
+            ("SERVER_ADDR", "2001:db8::1"), ("SERVER_PORT", "443"), ("SERVER_NAME", "example.com"),
+            ("HTTP_HOST", "example.com:8080"), ("HTTP_X_REQUEST_ID", "id-1"), ("HTTP_ACCEPT", "*/*"),
+            ("HTTP_AUTHORIZATION", "Basic QQ=="), ("APP_ENV", "production"),
         ]);
         let extra = extra(&[("APP_ENV", "production")]);
         assert_eq!(sent(&input(&headers, &extra)), expected);
@@ -420,18 +403,11 @@ mod tests {
             ..input(&headers, &[])
         });
         for (name, value) in [
-            ("REQUEST_METHOD", Some("POST")),
-            ("SERVER_PROTOCOL", Some("HTTP/2.0")),
-            ("CONTENT_TYPE", Some("text/plain")),
-            ("CONTENT_LENGTH", Some("18446744073709551615")),
-            ("DOCUMENT_URI", Some("/index.php/a/b")),
-            ("PATH_INFO", Some("/a/b")),
-            ("PATH_TRANSLATED", Some("/app/a/b")),
-            ("REQUEST_SCHEME", Some("http")),
-            ("HTTPS", None),
-            ("HTTP_CONTENT_TYPE", None),
-            ("HTTP_CONTENT_LENGTH", None),
-            ("HTTP_TRANSFER_ENCODING", None),
+            ("REQUEST_METHOD", Some("POST")), ("SERVER_PROTOCOL", Some("HTTP/2.0")),
+            ("CONTENT_TYPE", Some("text/plain")), ("CONTENT_LENGTH", Some("18446744073709551615")),
+            ("DOCUMENT_URI", Some("/index.php/a/b")), ("PATH_INFO", Some("/a/b")),
+            ("PATH_TRANSLATED", Some("/app/a/b")), ("REQUEST_SCHEME", Some("http")), ("HTTPS", None),
+            ("HTTP_CONTENT_TYPE", None), ("HTTP_CONTENT_LENGTH", None), ("HTTP_TRANSFER_ENCODING", None),
         ] {
             assert_eq!(get(&pairs, name).as_deref(), value, "{name}");
         }
@@ -509,7 +485,7 @@ mod tests {
     proptest! {
         /// Whatever the headers: no name twice, no name but ours and HTTP_*, no trusted value touched.
         #[test]
-        fn headers_only_add(fields in vec(("[a-zA-Z0-9_.~-]{1,12}|Proxy|Host|Script-Filename|Cookie", "[ -~]{0,200}"), 0..40)) {
+        fn headers_only_add(fields in vec(("[a-zA-Z0-9_.~-]{1,12}|Proxy|Host|Script-Filename|Cookie", "[ -~]{0,150}"), 0..20)) {
             let headers = map(&fields.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect::<Vec<_>>());
             let (with, without) = (sent(&input(&headers, &[])), sent(&input(&HeaderMap::new(), &[])));
             prop_assert_eq!(&with[..without.len()], &without[..]);

@@ -27,7 +27,6 @@ struct Lease<T> {
 /// The leases of one worker by endpoint. Bounded by the slots, which are taken before a connection is made.
 pub struct Pool<T> {
     /// Emptied lists stay until the endpoint is forgotten: their number is the number of endpoints.
-    #[expect(clippy::disallowed_types, reason = "keyed by endpoint id, bounded by the configuration")]
     leases: HashMap<u64, Vec<Lease<T>>>,
     /// Endpoints in the order in which a lease was parked last, so that the warmest is found first.
     recent: Vec<u64>,

@@ -385,7 +385,7 @@ mod tests {
 
         /// A token is a name and nothing else is; a value comes out as it went in.
         #[test]
-        fn headers_pass(fields in vec(("x-[!#$%&'*+.^_`|~a-z0-9-]{1,9}", "([!-~]([ -~\t]{0,30}[!-~])?)?"), 0..20)) {
+        fn headers_pass(fields in vec(("x-[!#$%&'*+.^_`|~a-z0-9-]{1,9}", "([!-~]([ -~\t]{0,30}[!-~])?)?"), 0..6)) {
             let lines: Vec<_> = fields.iter().map(|(name, value)| format!("{name}: {value} ")).collect();
             let lines: Vec<_> = lines.iter().map(String::as_bytes).collect();
             let head = parse(&lines).unwrap();

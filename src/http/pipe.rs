@@ -88,6 +88,17 @@ impl Spill {
     }
 }
 
+/// Where a batch goes.
+enum Place {
+    Memory,
+    NewFile,
+    File(SpillFile, u64),
+    /// When the reader has taken something.
+    Later,
+    /// Nobody reads it.
+    Nowhere,
+}
+
 fn wake(waker: &mut Option<Waker>) {
     if let Some(waker) = waker.take() {
         waker.wake();
@@ -195,33 +206,20 @@ impl Pump {
     async fn deliver(&self, batch: Vec<Bytes>, plan: &Plan) -> io::Result<()> {
         let bytes: usize = batch.iter().map(Bytes::len).sum();
         loop {
-            let mut pipe = self.pipe.borrow_mut();
-            if pipe.reader_gone {
-                return Ok(());
-            }
-            // Only the pump rewinds: it knows that no write is under way.
-            if let Some(spill) = pipe.spill.as_mut().filter(|s| s.is_read()) {
-                (spill.read, spill.written) = (0, 0);
-            }
-            let unread = pipe.spill.as_ref().is_some_and(|s| !s.is_read());
-            let room = if plan.unbuffered { UNBUFFERED_BYTES } else { plan.memory };
-            // An empty queue always takes a batch: it is the client's next.
-            if !unread && (pipe.queue.is_empty() || pipe.queued + bytes <= room) && (pipe.memory.grow(bytes) || pipe.queue.is_empty()) {
-                pipe.queued += bytes;
-                pipe.queue.extend(batch);
-                wake(&mut pipe.reader);
-                return Ok(());
-            }
-            if !plan.unbuffered {
-                if pipe.spill.is_none() {
-                    drop(pipe);
+            match self.place(bytes, plan) {
+                Place::Nowhere => return Ok(()),
+                Place::Memory => {
+                    let mut pipe = self.pipe.borrow_mut();
+                    pipe.queued += bytes;
+                    pipe.queue.extend(batch);
+                    wake(&mut pipe.reader);
+                    return Ok(());
+                }
+                Place::NewFile => {
                     let file = SpillFile::create(&self.buffers.pool, plan.dir.clone()).await?;
                     self.pipe.borrow_mut().spill = Some(Spill { file, read: 0, written: 0, high: 0, disk: self.buffers.disk.share() });
-                    continue;
                 }
-                let target = pipe.spill.as_mut().and_then(|s| s.grow(bytes).then(|| (s.file.clone(), s.written)));
-                if let Some((file, offset)) = target {
-                    drop(pipe);
+                Place::File(file, offset) => {
                     file.write(&self.buffers.pool, batch, offset).await?;
                     let mut pipe = self.pipe.borrow_mut();
                     if let Some(spill) = &mut pipe.spill {
@@ -230,9 +228,40 @@ impl Pump {
                     wake(&mut pipe.reader);
                     return Ok(());
                 }
+                Place::Later => self.reader_moved().await,
             }
-            drop(pipe);
-            self.reader_moved().await;
+        }
+    }
+
+    /// Where `bytes` more can go now; room there is taken by that.
+    fn place(&self, bytes: usize, plan: &Plan) -> Place {
+        let mut pipe = self.pipe.borrow_mut();
+        if pipe.reader_gone {
+            return Place::Nowhere;
+        }
+        // Only the pump rewinds: it knows that no write is under way.
+        if let Some(spill) = pipe.spill.as_mut().filter(|s| s.is_read()) {
+            (spill.read, spill.written) = (0, 0);
+        }
+        let unread = pipe.spill.as_ref().is_some_and(|s| !s.is_read());
+        let room = if plan.unbuffered { UNBUFFERED_BYTES } else { plan.memory };
+        // An empty queue always takes a batch: it is the client's next.
+        let fits = pipe.queue.is_empty() || pipe.queued + bytes <= room;
+        if !unread && fits && (pipe.memory.grow(bytes) || pipe.queue.is_empty()) {
+            return Place::Memory;
+        }
+        if plan.unbuffered {
+            return Place::Later;
+        }
+        match &mut pipe.spill {
+            None => Place::NewFile,
+            Some(spill) => {
+                if spill.grow(bytes) {
+                    Place::File(spill.file.clone(), spill.written)
+                } else {
+                    Place::Later
+                }
+            }
         }
     }
 

@@ -256,20 +256,20 @@ impl Dispatcher {
             return;
         }
         let queue = &upstream.queue;
-        match queue.next_worker() {
-            Some(worker) if worker != self.worker => return,
-            next => {
-                self.pool.borrow_mut().park(endpoint.id, conn, slot, &terms);
-                endpoint.count_parked(self.worker, true);
-                self.parked.notify_one();
-                if next.is_some() {
-                    // One of ours is next: it finds the connection here.
-                    queue.wake_one();
-                } else if queue.waiting() > 0 {
-                    // Somebody joined between the look and the parking.
-                    self.unpark(endpoint.id);
-                }
-            }
+        let next = queue.next_worker();
+        // Somebody on another worker is next: the slot goes there, the connection cannot.
+        if next.is_some_and(|worker| worker != self.worker) {
+            return;
+        }
+        self.pool.borrow_mut().park(endpoint.id, conn, slot, &terms);
+        endpoint.count_parked(self.worker, true);
+        self.parked.notify_one();
+        if next.is_some() {
+            // One of ours is next: it finds the connection here.
+            queue.wake_one();
+        } else if queue.waiting() > 0 {
+            // Somebody joined between the look and the parking.
+            self.unpark(endpoint.id);
         }
     }
 

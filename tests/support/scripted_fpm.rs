@@ -26,6 +26,9 @@ use super::{pattern, sha1};
 /// php-src polls a new connection for so long before it closes it unread.
 const FIRST_BYTE: Duration = Duration::from_secs(5);
 
+/// How much later than a SYN the FIN sent before it may arrive, with all CPUs busy.
+const REORDERED: Duration = Duration::from_millis(20);
+
 /// How one request is answered. Start with a constructor, add what goes wrong: `Behaviour::hello("blue").splits_every_byte()`.
 #[derive(Clone, Debug)]
 pub struct Behaviour {
@@ -414,6 +417,16 @@ struct Held {
     running: bool,
 }
 
+/// The connections that stood when another one came.
+#[derive(Debug, Default)]
+struct Suspects {
+    held: usize,
+    /// Nothing runs on them, and no FIN has been seen: kept by the peer, or its FIN is late.
+    silent: Vec<usize>,
+    /// A violation has been counted for the newcomer.
+    counted: bool,
+}
+
 #[derive(Debug)]
 struct Script {
     default: Behaviour,
@@ -540,7 +553,8 @@ impl ScriptedFpm {
         self.shared.state.borrow().most_connected
     }
 
-    /// Connections that came while all workers were held, and so would have stood in FPM's listen backlog.
+    /// Connections that came while all workers were held, and so would have stood in FPM's listen backlog. Where a
+    /// connection without a request stands in the way it is counted 20 ms later, unless that is closed meanwhile.
     pub fn backlog_violations(&self) -> usize {
         self.shared.state.borrow().backlog_violations
     }
@@ -623,7 +637,10 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>, mut listening: watch
             accepted = listener.accept() => {
                 let (stream, _) = accepted.expect("the scripted FPM accepts");
                 let _ = stream.set_nodelay(true);
-                let number = shared.enter(stream.as_raw_fd());
+                let (number, suspects) = shared.enter(stream.as_raw_fd());
+                if !suspects.silent.is_empty() {
+                    connections.spawn(Arc::clone(&shared).judge(suspects));
+                }
                 connections.spawn(serve(Arc::clone(&shared), number, stream));
             }
             _ = listening.changed() => break,
@@ -636,18 +653,51 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>, mut listening: watch
 }
 
 impl Shared {
-    /// Counts a connection in, with what FPM would make of it.
-    fn enter(&self, socket: RawFd) -> usize {
+    /// Counts a connection in, and those surely held before it: on them a request runs.
+    fn enter(&self, socket: RawFd) -> (usize, Suspects) {
         let mut number = 0;
+        let mut suspects = Suspects::default();
         self.state.send_modify(|state| {
-            let held = state.open.values().filter(|held| held.running || !peer_has_left(held.socket)).count();
+            suspects.held = state.open.values().filter(|held| held.running).count();
+            let silent = state.open.iter().filter(|(_, held)| !held.running && !peer_has_left(held.socket));
+            suspects.silent = silent.map(|(number, _)| *number).collect();
+            suspects.counted = self.exceeds(suspects.held);
             number = state.connections;
             state.connections += 1;
-            state.most_connected = state.most_connected.max(held + 1);
-            state.backlog_violations += usize::from(self.workers.as_ref().is_some_and(|(n, _)| held >= *n));
+            state.most_connected = state.most_connected.max(suspects.held + 1);
+            state.backlog_violations += usize::from(suspects.counted);
             state.open.insert(number, Held { socket, running: false });
         });
-        number
+        (number, suspects)
+    }
+
+    /// Whether a connection that comes while so many are held finds no worker.
+    fn exceeds(&self, held: usize) -> bool {
+        self.workers.as_ref().is_some_and(|(n, _)| held >= *n)
+    }
+
+    /// The kernel may deliver a SYN before the FIN sent ahead of it, from another CPU: the silent ones may have been
+    /// closed. Those that begin a request instead, or stay, were held.
+    async fn judge(self: Arc<Self>, mut suspects: Suspects) {
+        for _ in 0..REORDERED.as_millis() {
+            suspects.silent.retain(|number| match self.state.borrow().open.get(number) {
+                Some(held) if held.running => {
+                    suspects.held += 1;
+                    false
+                }
+                Some(held) => !peer_has_left(held.socket),
+                None => false,
+            });
+            if suspects.silent.is_empty() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let held = suspects.held + suspects.silent.len();
+        self.state.send_modify(|state| {
+            state.most_connected = state.most_connected.max(held + 1);
+            state.backlog_violations += usize::from(!suspects.counted && self.exceeds(held));
+        });
     }
 
     fn running(&self, connection: usize, running: bool) {
