@@ -36,7 +36,8 @@ const HEAD: &[u8] = b"X-Powered-By: PHP/8.2.36\r\nSet-Cookie: PHPSESSID=b2f6c1d4
     Content-type: text/html; charset=UTF-8\r\n\r\n";
 
 fn request(c: &mut Criterion) {
-    let headers: HeaderMap = HEADERS.map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value))).into_iter().collect();
+    let headers: HeaderMap =
+        HEADERS.map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value))).into_iter().collect();
     let input = Input {
         method: &Method::GET,
         request_uri: "/catalogue/shoes/42?colour=red&size=9",

@@ -131,11 +131,21 @@ pub fn run(path: &Path) -> Result<u8, String> {
     });
 
     // Bound before anything runs: an address in use ends the start with one line.
-    let listeners = settings.listen.http.iter().map(|a| listener::bind(*a)).collect::<io::Result<Vec<_>>>().map_err(|e| e.to_string())?;
+    let listeners =
+        settings.listen.http.iter().map(|a| listener::bind(*a)).collect::<io::Result<Vec<_>>>().map_err(|e| e.to_string())?;
     let ops = settings.listen.ops.map(listener::bind).transpose().map_err(|e| format!("listen.ops: {e}"))?;
     let admin = bind_admin(&settings.listen.admin)?;
 
-    let shared = Arc::new(WorkerParts { store, phase, buffers: buffers.clone(), access: access.clone(), metrics, files, heartbeats, control: control.clone() });
+    let shared = Arc::new(WorkerParts {
+        store,
+        phase,
+        buffers: buffers.clone(),
+        access: access.clone(),
+        metrics,
+        files,
+        heartbeats,
+        control: control.clone(),
+    });
     let (command_sender, commands) = mpsc::channel(16);
     let mut commands = Some(commands);
     let caps = caps(&settings);
@@ -171,7 +181,18 @@ pub fn run(path: &Path) -> Result<u8, String> {
         access: access.clone(),
         buffers,
     };
-    let cut = local(control_plane(control, path.to_owned(), config, switch, listening, changes, admin, access.clone(), command_sender, began));
+    let cut = local(control_plane(
+        control,
+        path.to_owned(),
+        config,
+        switch,
+        listening,
+        changes,
+        admin,
+        access.clone(),
+        command_sender,
+        began,
+    ));
     let _ = std::fs::remove_file(&settings.listen.admin);
     access.flush_and_stop(FLUSH_LIMIT);
     Ok(if cut { 3 } else { 0 })
@@ -358,7 +379,12 @@ fn refused(sinks: &Sinks, peer: &Peer, error: &Error) {
 }
 
 /// What other threads ask of this worker.
-async fn do_tasks(mut tasks: mpsc::Receiver<Task>, dispatcher: Rc<Dispatcher>, connections: Rc<registry::Registry>, sinks: Rc<Sinks>) {
+async fn do_tasks(
+    mut tasks: mpsc::Receiver<Task>,
+    dispatcher: Rc<Dispatcher>,
+    connections: Rc<registry::Registry>,
+    sinks: Rc<Sinks>,
+) {
     while let Some(task) = tasks.recv().await {
         match task {
             Task::Barrier(answer) => drop(answer.send(())),

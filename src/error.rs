@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use http::{StatusCode, HeaderValue, header::RETRY_AFTER};
+use http::{HeaderValue, StatusCode, header::RETRY_AFTER};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
@@ -53,12 +53,37 @@ pub enum Kind {
 
 impl Kind {
     pub const ALL: [Kind; 31] = [
-        Kind::BadRequest, Kind::BadPath, Kind::UriTooLong, Kind::HeadersTooLarge, Kind::BodyTooLarge,
-        Kind::BodyStalled, Kind::BodyBroken, Kind::HeadTimeout, Kind::NoSite, Kind::NotFound, Kind::Forbidden,
-        Kind::MethodNotAllowed, Kind::ParamTooLong, Kind::UpgradeRefused, Kind::ClientLeft, Kind::Starting,
-        Kind::NoUpstream, Kind::NoEndpoint, Kind::QueueFull, Kind::QueueTimeout, Kind::BufferFull, Kind::DiskFull,
-        Kind::ConnectFailed, Kind::ConnectTimeout, Kind::UpstreamClosed, Kind::UpstreamProtocol,
-        Kind::UpstreamOverloaded, Kind::UpstreamHeaders, Kind::ReadTimeout, Kind::Cut, Kind::Internal,
+        Kind::BadRequest,
+        Kind::BadPath,
+        Kind::UriTooLong,
+        Kind::HeadersTooLarge,
+        Kind::BodyTooLarge,
+        Kind::BodyStalled,
+        Kind::BodyBroken,
+        Kind::HeadTimeout,
+        Kind::NoSite,
+        Kind::NotFound,
+        Kind::Forbidden,
+        Kind::MethodNotAllowed,
+        Kind::ParamTooLong,
+        Kind::UpgradeRefused,
+        Kind::ClientLeft,
+        Kind::Starting,
+        Kind::NoUpstream,
+        Kind::NoEndpoint,
+        Kind::QueueFull,
+        Kind::QueueTimeout,
+        Kind::BufferFull,
+        Kind::DiskFull,
+        Kind::ConnectFailed,
+        Kind::ConnectTimeout,
+        Kind::UpstreamClosed,
+        Kind::UpstreamProtocol,
+        Kind::UpstreamOverloaded,
+        Kind::UpstreamHeaders,
+        Kind::ReadTimeout,
+        Kind::Cut,
+        Kind::Internal,
     ];
 
     /// Status, cause and fault: the one place where an error becomes an answer.

@@ -266,10 +266,7 @@ async fn real_fpm_runs_the_scripts() {
     let big = fpm.ask("/big.php", "mib=3").await.unwrap();
     pattern::check(big.body(), 3 << 20).unwrap();
     let front: serde_json::Value = serde_json::from_slice(fpm.ask("/index.php", "a=b").await.unwrap().body()).unwrap();
-    assert_eq!(
-        (front["colour"].as_str(), front["query"].as_str(), front["length"].as_u64()),
-        (Some("blue"), Some("a=b"), Some(0))
-    );
+    assert_eq!((front["colour"].as_str(), front["query"].as_str(), front["length"].as_u64()), (Some("blue"), Some("a=b"), Some(0)));
     for (script, query, text) in [
         ("/burn.php", "ms=5", "blue burned some\n"),
         ("/socket.php", "ms=5", "blue waited\n"),
@@ -282,12 +279,7 @@ async fn real_fpm_runs_the_scripts() {
         let answer = fpm.ask(script, query).await.unwrap();
         assert_eq!(answer.text(), text, "{script}");
         assert_eq!(answer.header("X-Colour").as_deref(), Some("blue"), "{script}");
-        assert_eq!(
-            answer.stderr.is_empty(),
-            script != "/stderr.php",
-            "{script}: {}",
-            String::from_utf8_lossy(&answer.stderr)
-        );
+        assert_eq!(answer.stderr.is_empty(), script != "/stderr.php", "{script}: {}", String::from_utf8_lossy(&answer.stderr));
     }
     for status in [204, 304] {
         let answer = fpm.ask("/headers.php", &format!("status={status}")).await.unwrap();
@@ -302,17 +294,11 @@ async fn real_fpm_runs_the_scripts() {
     let body = pattern::pattern(300_001);
     let answer = fastcgi::ask(fpm.address(), &params, &body).await.unwrap();
     let json: serde_json::Value = serde_json::from_slice(answer.body()).unwrap();
-    assert_eq!(
-        json,
-        serde_json::json!({"colour": "blue", "ledger_id": "once", "length": 300_001, "sha1": sha1::hex(&body)})
-    );
+    assert_eq!(json, serde_json::json!({"colour": "blue", "ledger_id": "once", "length": 300_001, "sha1": sha1::hex(&body)}));
     assert_eq!(fpm.executions("once"), 1);
     for when in ["before", "after"] {
         let error = fpm.ask("/crash.php", &format!("when={when}")).await.unwrap_err();
-        assert!(
-            matches!(error.kind(), std::io::ErrorKind::UnexpectedEof | std::io::ErrorKind::ConnectionReset),
-            "{error}"
-        );
+        assert!(matches!(error.kind(), std::io::ErrorKind::UnexpectedEof | std::io::ErrorKind::ConnectionReset), "{error}");
     }
     assert_eq!(fpm.ask("/crash.php", "when=exit").await.unwrap().body().len(), 2048);
 
@@ -426,8 +412,7 @@ async fn toy(mut stream: TcpStream, moods: watch::Sender<Toy>) {
         let mut text = match head.split(' ').nth(1) {
             Some("/hello.php") => "blue hello\n".to_owned(),
             Some("/healthz") => "ok\n".to_owned(),
-            _ => serde_json::json!({"colour": "blue", "ledger_id": id, "length": length, "sha1": sha1::hex(&body)})
-                .to_string(),
+            _ => serde_json::json!({"colour": "blue", "ledger_id": id, "length": length, "sha1": sha1::hex(&body)}).to_string(),
         };
         let said = text.len();
         let mood = *moods.borrow();
@@ -446,8 +431,7 @@ async fn toy(mut stream: TcpStream, moods: watch::Sender<Toy>) {
             Toy::Right | Toy::ClosesIdle | Toy::TalksUnasked => {}
         }
         let said = if mood == Toy::WrongByte { text.len() } else { said };
-        let head =
-            format!("HTTP/1.1 {status}\r\nContent-Length: {said}\r\nX-Colour: blue\r\nX-Ledger-ID: {id}\r\n{more}\r\n");
+        let head = format!("HTTP/1.1 {status}\r\nContent-Length: {said}\r\nX-Colour: blue\r\nX-Ledger-ID: {id}\r\n{more}\r\n");
         if stream.write_all(format!("{head}{text}").as_bytes()).await.is_err() {
             return;
         }
@@ -529,10 +513,7 @@ async fn relay_delays_and_passes_resets_on() {
 
     let ledger = Ledger::new();
     toy.mood.send_replace(Toy::ResetsInstead);
-    assert_eq!(
-        ledger.send(relay.address(), &mut None, &Shape::get("/", Expect::Anything), SECOND).await,
-        Outcome::Reset
-    );
+    assert_eq!(ledger.send(relay.address(), &mut None, &Shape::get("/", Expect::Anything), SECOND).await, Outcome::Reset);
     let nobody = Relay::start(support::ports::refused_address()).await;
     let outcome = ledger.send(nobody.address(), &mut None, &Shape::get("/", Expect::Anything), SECOND).await;
     assert_eq!(outcome, Outcome::Reset);

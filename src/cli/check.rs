@@ -78,10 +78,7 @@ mod tests {
         let (good, out, err) = checked(GOOD, false);
         assert!(good);
         assert_eq!(out, "DIR/s.toml: ok (1 site, 1 upstream, 0 routes)\n");
-        assert!(
-            err.contains("warning: DIR/s.toml:3:8: `site.root`: /nowhere is not a folder on this machine\n"),
-            "{err}"
-        );
+        assert!(err.contains("warning: DIR/s.toml:3:8: `site.root`: /nowhere is not a folder on this machine\n"), "{err}");
     }
 
     #[test]

@@ -226,7 +226,8 @@ fn say(text: &str) {
 }
 
 fn tail(log: &Path) -> String {
-    let text = fs::read(log).map_or_else(|e| format!("{}: {e}", log.display()), |bytes| String::from_utf8_lossy(&bytes).into_owned());
+    let text =
+        fs::read(log).map_or_else(|e| format!("{}: {e}", log.display()), |bytes| String::from_utf8_lossy(&bytes).into_owned());
     let lines: Vec<&str> = text.lines().collect();
     lines[lines.len().saturating_sub(LOG_TAIL)..].join("\n")
 }

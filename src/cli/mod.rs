@@ -12,7 +12,11 @@ pub mod render;
 const CONFIG: &str = "config/slackwater.toml";
 
 #[derive(Parser)]
-#[command(name = "slackwater", version, about = "An edge proxy for PHP-FPM: blue/green swaps, drains and reloads without a dropped request")]
+#[command(
+    name = "slackwater",
+    version,
+    about = "An edge proxy for PHP-FPM: blue/green swaps, drains and reloads without a dropped request"
+)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,

@@ -52,11 +52,9 @@ fn stream(paths: &[PathBuf], env: &dyn Fn(&str) -> Option<String>) -> Result<Str
             match fs::read_to_string(&file) {
                 Ok(spec) => match template::fill(&spec, env) {
                     Ok(filled) => append(&mut text, &filled.text),
-                    Err(missing) => {
-                        problems.extend(missing.into_iter().map(|template::Missing { name, line, column }| {
-                            format!("{}:{line}:{column}: {name} is not set in the environment", file.display())
-                        }))
-                    }
+                    Err(missing) => problems.extend(missing.into_iter().map(|template::Missing { name, line, column }| {
+                        format!("{}:{line}:{column}: {name} is not set in the environment", file.display())
+                    })),
                 },
                 Err(error) => problems.push(format!("{}: {error}", file.display())),
             }
@@ -100,8 +98,7 @@ fn append(stream: &mut String, spec: &str) {
 fn begins_document(spec: &str) -> bool {
     let first = spec.lines().find(|line| !line.trim().is_empty() && !line.trim_start().starts_with('#'));
     first.is_some_and(|line| {
-        line.starts_with('%')
-            || line.strip_prefix("---").is_some_and(|rest| rest.is_empty() || rest.starts_with([' ', '\t']))
+        line.starts_with('%') || line.strip_prefix("---").is_some_and(|rest| rest.is_empty() || rest.starts_with([' ', '\t']))
     })
 }
 
@@ -123,12 +120,7 @@ mod tests {
 
     #[test]
     fn one_stream_in_path_order() {
-        let dir = folder(&[
-            ("b.yml", "b: {{N:-2}}"),
-            ("a.yaml", "a: 1\n"),
-            ("c.yaml", "# c\n---\nc: {{ go }}\n"),
-            ("d.txt", "no"),
-        ]);
+        let dir = folder(&[("b.yml", "b: {{N:-2}}"), ("a.yaml", "a: 1\n"), ("c.yaml", "# c\n---\nc: {{ go }}\n"), ("d.txt", "no")]);
         let first = dir.path().join("c.yaml");
         let text = stream(&[first, dir.path().to_owned()], &env).unwrap();
         assert_eq!(text, "# c\n---\nc: {{ go }}\n---\na: 1\n---\nb: 2\n# c\n---\nc: {{ go }}\n");

@@ -285,7 +285,8 @@ async fn swap(control: &Control, by: String, order: SwapRequest) -> Outcome {
         Ok(Err(_)) => Outcome::new(false, "the control plane has ended"),
         Err(_) => {
             let left = reconcile::in_flight(control, turn.old_serial).await;
-            let mut outcome = Outcome::new(false, format!("{turned}; after {budget:?} {} requests are left on the old set", left.len()));
+            let mut outcome =
+                Outcome::new(false, format!("{turned}; after {budget:?} {} requests are left on the old set", left.len()));
             outcome.left = left.into_iter().filter_map(|r| serde_json::to_value(CutRequest::from(r)).ok()).collect();
             outcome
         }

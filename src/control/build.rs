@@ -58,7 +58,16 @@ pub fn build(config: &Config, before: &Before<'_>) -> Result<Snapshot, String> {
         let queue = old.map_or_else(Arc::default, |o| o.queue.clone());
         upstreams.insert(
             name.clone(),
-            Arc::new(Upstream { name: name.clone(), policy, sets, active: active_set, active_by, activation, queue, retired: false }),
+            Arc::new(Upstream {
+                name: name.clone(),
+                policy,
+                sets,
+                active: active_set,
+                active_by,
+                activation,
+                queue,
+                retired: false,
+            }),
         );
     }
     for name in before.retired {

@@ -164,8 +164,7 @@ pub fn load(path: &Path, env: &dyn Fn(&str) -> Option<String>) -> Result<Config,
             let message = format!("{place}: `{key}`: {} is not a folder on this machine", path.display());
             config.warnings.push(message);
         } else if key == settings::SPILL && is_in_memory(path) {
-            let message =
-                format!("{place}: `{key}`: {} is a memory file system: what spills there is not spilt", path.display());
+            let message = format!("{place}: `{key}`: {} is a memory file system: what spills there is not spilt", path.display());
             config.warnings.push(message);
         }
     }
@@ -294,10 +293,9 @@ impl Texts {
 fn unfilled_problem(file: &Path, unfilled: template::Unfilled) -> Problem {
     let template::Unfilled { name, line, column, why } = unfilled;
     let (message, help) = match why {
-        Why::Missing => (
-            format!("{name} is not set in the environment"),
-            format!("set it, or give it a default: {{{{{name}:-value}}}}"),
-        ),
+        Why::Missing => {
+            (format!("{name} is not set in the environment"), format!("set it, or give it a default: {{{{{name}:-value}}}}"))
+        }
         Why::BreaksOut => (
             format!("the environment's {name} holds a quote, a backslash or a line break"),
             "such a value could change the lines around it; write it into the file itself".to_owned(),
@@ -306,11 +304,7 @@ fn unfilled_problem(file: &Path, unfilled: template::Unfilled) -> Problem {
     Problem { file: file.to_owned(), line, column, message, help: Some(help) }
 }
 
-fn includes(
-    report: &Report,
-    tree: &document::Table,
-    include: &mut dyn FnMut(&str) -> Result<Vec<Source>, String>,
-) -> Vec<Source> {
+fn includes(report: &Report, tree: &document::Table, include: &mut dyn FnMut(&str) -> Result<Vec<Source>, String>) -> Vec<Source> {
     let Some(entry) = tree.get("include") else { return Vec::new() };
     let value = Value { report, node: &entry.node, path: "include".to_owned() };
     let sources = value.list(|value| match include(value.filled_text()?) {

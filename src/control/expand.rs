@@ -181,10 +181,7 @@ fn set(out: &mut Out, upstream: &str, set: &SetConfig) {
         None => out.key("ping", quote("")),
         Some(Ping { path, every, fall, rise }) => {
             let every = duration(*every);
-            out.key(
-                "ping",
-                format_args!("{{ path = {}, every = {every}, fall = {fall}, rise = {rise} }}", quote(path)),
-            );
+            out.key("ping", format_args!("{{ path = {}, every = {every}, fall = {fall}, rise = {rise} }}", quote(path)));
         }
     }
 }
@@ -221,8 +218,7 @@ fn site(out: &mut Out, config: &Config, site: &Arc<Site>) {
 /// The site's own name first: it is the label of metrics and logs.
 fn hosts(table: &SiteTable, site: &Arc<Site>) -> Vec<String> {
     let exact = table.exact.iter().filter(|(_, other)| Arc::ptr_eq(other, site)).map(|(host, _)| host.clone());
-    let wildcard =
-        table.wildcard.iter().filter(|(_, other)| Arc::ptr_eq(other, site)).map(|(host, _)| format!("*{host}"));
+    let wildcard = table.wildcard.iter().filter(|(_, other)| Arc::ptr_eq(other, site)).map(|(host, _)| format!("*{host}"));
     let mut hosts: Vec<String> = exact.chain(wildcard).collect();
     hosts.sort_by_key(|host| (**host != *site.name, host.clone()));
     hosts

@@ -37,9 +37,17 @@ use crate::{
 
 /// Everything that may lead to another snapshot.
 pub enum Change {
-    Reload { by: &'static str, answer: Option<oneshot::Sender<ReloadOutcome>> },
+    Reload {
+        by: &'static str,
+        answer: Option<oneshot::Sender<ReloadOutcome>>,
+    },
     Swap(SwapOrder, oneshot::Sender<Result<Swap, String>>),
-    Endpoint { upstream: String, address: String, disabled: bool, answer: oneshot::Sender<Result<String, String>> },
+    Endpoint {
+        upstream: String,
+        address: String,
+        disabled: bool,
+        answer: oneshot::Sender<Result<String, String>>,
+    },
     /// A probe has learned something: waiters may have a slot, the process may be ready.
     Probed,
 }

@@ -65,9 +65,9 @@ impl Switch {
     /// Choices that the file has overruled, and those of upstreams that are gone, are forgotten.
     pub fn prune(&mut self, upstreams: &BTreeMap<Arc<str>, UpstreamConfig>) {
         self.upstreams.retain(|name, choice| {
-            upstreams
-                .get(name.as_str())
-                .is_some_and(|u| u.active_set().is_some_and(|a| **a == *choice.file_active) && u.sets.iter().any(|s| *s.name == *choice.set))
+            upstreams.get(name.as_str()).is_some_and(|u| {
+                u.active_set().is_some_and(|a| **a == *choice.file_active) && u.sets.iter().any(|s| *s.name == *choice.set)
+            })
         });
     }
 }

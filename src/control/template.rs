@@ -40,9 +40,8 @@ pub enum Why {
 /// # Errors
 /// Every placeholder without a value, in the order of the text.
 pub fn fill(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Filled, Vec<Missing>> {
-    substitute(text, env, |_| true).map_err(|all| {
-        all.into_iter().map(|Unfilled { name, line, column, .. }| Missing { name, line, column }).collect()
-    })
+    substitute(text, env, |_| true)
+        .map_err(|all| all.into_iter().map(|Unfilled { name, line, column, .. }| Missing { name, line, column }).collect())
 }
 
 /// As [`fill`], for TOML: a value may not hold what would end or change the string around it.
@@ -54,11 +53,7 @@ pub fn fill_config(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<F
     substitute(text, env, |value| !value.contains(['"', '\'', '\\', '\n', '\r']))
 }
 
-fn substitute(
-    text: &str,
-    env: &dyn Fn(&str) -> Option<String>,
-    fits: impl Fn(&str) -> bool,
-) -> Result<Filled, Vec<Unfilled>> {
+fn substitute(text: &str, env: &dyn Fn(&str) -> Option<String>, fits: impl Fn(&str) -> bool) -> Result<Filled, Vec<Unfilled>> {
     let mut map = Map::new(text);
     let mut filled = String::with_capacity(text.len());
     let mut wrong = Vec::new();
@@ -206,9 +201,7 @@ mod tests {
 
     #[test]
     fn leaves_other_templates_alone() {
-        for text in
-            ["{{ A }}", "{{a}}", "{{.Values.x}}", "{A}", "{{A}", "{{A:-", "{{A:-x\n}}", "{{}}", "{{A-B}}", "{{", "${A}"]
-        {
+        for text in ["{{ A }}", "{{a}}", "{{.Values.x}}", "{A}", "{{A}", "{{A:-", "{{A:-x\n}}", "{{}}", "{{A-B}}", "{{", "${A}"] {
             assert_eq!(filled(text), text);
         }
         assert_eq!(filled("{{{A}}}"), "{alpha}");

@@ -34,7 +34,11 @@ pub struct Requested {
 }
 
 /// Waits for a request to end and carries it out; gives whether anything was cut.
-pub async fn terminate<F>(control: Arc<Control>, mut requested: watch::Receiver<Requested>, close_listeners: impl FnOnce() -> F) -> bool
+pub async fn terminate<F>(
+    control: Arc<Control>,
+    mut requested: watch::Receiver<Requested>,
+    close_listeners: impl FnOnce() -> F,
+) -> bool
 where
     F: Future<Output = Option<oneshot::Receiver<()>>>,
 {

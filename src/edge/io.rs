@@ -184,9 +184,8 @@ impl Io {
 
     /// Reads and throws away until the client closes, within bounds.
     fn poll_linger(&mut self, limit: Duration, cx: &mut Context<'_>) -> Poll<()> {
-        let lingering = self
-            .lingering
-            .get_or_insert_with(|| Lingering { timeout: Box::pin(tokio::time::sleep(limit)), discarded: 0 });
+        let lingering =
+            self.lingering.get_or_insert_with(|| Lingering { timeout: Box::pin(tokio::time::sleep(limit)), discarded: 0 });
         let mut scratch = [0u8; 8 * 1024];
         loop {
             let mut buf = ReadBuf::new(&mut scratch);

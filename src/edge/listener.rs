@@ -148,7 +148,10 @@ impl Drop for Permit {
 /// What the control plane asks of the acceptor.
 pub enum Command {
     /// Exactly these addresses from now on: new ones are bound already, missing ones are emptied and closed.
-    Listen { keep: Vec<SocketAddr>, add: Vec<std::net::TcpListener> },
+    Listen {
+        keep: Vec<SocketAddr>,
+        add: Vec<std::net::TcpListener>,
+    },
     Caps(Caps),
     /// Empties every backlog and closes; answered when all are closed.
     Close(oneshot::Sender<()>),
@@ -254,6 +257,9 @@ impl Acceptor {
 fn is_of_one_connection(error: &io::Error) -> bool {
     matches!(
         error.kind(),
-        io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionRefused | io::ErrorKind::Interrupted
+        io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::ConnectionRefused
+            | io::ErrorKind::Interrupted
     )
 }

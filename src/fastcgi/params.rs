@@ -322,13 +322,13 @@ mod tests {
     }
 
     fn map(fields: &[(&str, &str)]) -> HeaderMap {
-        fields
-            .iter()
-            .map(|(name, value)| (name.parse::<HeaderName>().unwrap(), value.parse::<HeaderValue>().unwrap()))
-            .fold(HeaderMap::new(), |mut map, (name, value)| {
+        fields.iter().map(|(name, value)| (name.parse::<HeaderName>().unwrap(), value.parse::<HeaderValue>().unwrap())).fold(
+            HeaderMap::new(),
+            |mut map, (name, value)| {
                 map.append(name, value);
                 map
-            })
+            },
+        )
     }
 
     fn extra(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
@@ -364,14 +364,31 @@ mod tests {
     fn a_get_is_these_parameters() {
         let headers = map(&[("accept", "*/*"), ("authorization", "Basic QQ=="), ("host", "evil"), ("x-request-id", "evil")]);
         let expected = extra(&[
-            ("GATEWAY_INTERFACE", "CGI/1.1"), ("SERVER_SOFTWARE", "slackwater"), ("REDIRECT_STATUS", "200"),
-            ("REQUEST_METHOD", "GET"), ("REQUEST_URI", "/a%20b?x=1"), ("REQUEST_SCHEME", "https"), ("HTTPS", "on"),
-            ("QUERY_STRING", "x=1"), ("SERVER_PROTOCOL", "HTTP/1.1"), ("DOCUMENT_ROOT", "/app"),
-            ("DOCUMENT_URI", "/index.php"), ("SCRIPT_NAME", "/index.php"), ("SCRIPT_FILENAME", "/app/index.php"),
-            ("CONTENT_TYPE", ""), ("CONTENT_LENGTH", ""), ("REMOTE_ADDR", "192.0.2.7"), ("REMOTE_PORT", "50000"),
-            ("SERVER_ADDR", "2001:db8::1"), ("SERVER_PORT", "443"), ("SERVER_NAME", "example.com"),
-            ("HTTP_HOST", "example.com:8080"), ("HTTP_X_REQUEST_ID", "id-1"), ("HTTP_ACCEPT", "*/*"),
-            ("HTTP_AUTHORIZATION", "Basic QQ=="), ("APP_ENV", "production"),
+            ("GATEWAY_INTERFACE", "CGI/1.1"),
+            ("SERVER_SOFTWARE", "slackwater"),
+            ("REDIRECT_STATUS", "200"),
+            ("REQUEST_METHOD", "GET"),
+            ("REQUEST_URI", "/a%20b?x=1"),
+            ("REQUEST_SCHEME", "https"),
+            ("HTTPS", "on"),
+            ("QUERY_STRING", "x=1"),
+            ("SERVER_PROTOCOL", "HTTP/1.1"),
+            ("DOCUMENT_ROOT", "/app"),
+            ("DOCUMENT_URI", "/index.php"),
+            ("SCRIPT_NAME", "/index.php"),
+            ("SCRIPT_FILENAME", "/app/index.php"),
+            ("CONTENT_TYPE", ""),
+            ("CONTENT_LENGTH", ""),
+            ("REMOTE_ADDR", "192.0.2.7"),
+            ("REMOTE_PORT", "50000"),
+            ("SERVER_ADDR", "2001:db8::1"),
+            ("SERVER_PORT", "443"),
+            ("SERVER_NAME", "example.com"),
+            ("HTTP_HOST", "example.com:8080"),
+            ("HTTP_X_REQUEST_ID", "id-1"),
+            ("HTTP_ACCEPT", "*/*"),
+            ("HTTP_AUTHORIZATION", "Basic QQ=="),
+            ("APP_ENV", "production"),
         ]);
         let extra = extra(&[("APP_ENV", "production")]);
         assert_eq!(sent(&input(&headers, &extra)), expected);
@@ -403,11 +420,18 @@ mod tests {
             ..input(&headers, &[])
         });
         for (name, value) in [
-            ("REQUEST_METHOD", Some("POST")), ("SERVER_PROTOCOL", Some("HTTP/2.0")),
-            ("CONTENT_TYPE", Some("text/plain")), ("CONTENT_LENGTH", Some("18446744073709551615")),
-            ("DOCUMENT_URI", Some("/index.php/a/b")), ("PATH_INFO", Some("/a/b")),
-            ("PATH_TRANSLATED", Some("/app/a/b")), ("REQUEST_SCHEME", Some("http")), ("HTTPS", None),
-            ("HTTP_CONTENT_TYPE", None), ("HTTP_CONTENT_LENGTH", None), ("HTTP_TRANSFER_ENCODING", None),
+            ("REQUEST_METHOD", Some("POST")),
+            ("SERVER_PROTOCOL", Some("HTTP/2.0")),
+            ("CONTENT_TYPE", Some("text/plain")),
+            ("CONTENT_LENGTH", Some("18446744073709551615")),
+            ("DOCUMENT_URI", Some("/index.php/a/b")),
+            ("PATH_INFO", Some("/a/b")),
+            ("PATH_TRANSLATED", Some("/app/a/b")),
+            ("REQUEST_SCHEME", Some("http")),
+            ("HTTPS", None),
+            ("HTTP_CONTENT_TYPE", None),
+            ("HTTP_CONTENT_LENGTH", None),
+            ("HTTP_TRANSFER_ENCODING", None),
         ] {
             assert_eq!(get(&pairs, name).as_deref(), value, "{name}");
         }
@@ -416,9 +440,19 @@ mod tests {
     #[test]
     fn a_header_cannot_pass_for_another_parameter() {
         let hostile = map(&[
-            ("proxy", "http://evil"), ("Proxy", "http://evil"), ("script_filename", "/etc/passwd"), ("x_forwarded_for", "127.0.0.1"),
-            ("x.forwarded.for", "127.0.0.1"), ("x~y", "1"), ("connection", "close"), ("keep-alive", "1"), ("te", "trailers"),
-            ("trailer", "x"), ("upgrade", "h2c"), ("proxy-connection", "close"), ("x-request-id", "forged"),
+            ("proxy", "http://evil"),
+            ("Proxy", "http://evil"),
+            ("script_filename", "/etc/passwd"),
+            ("x_forwarded_for", "127.0.0.1"),
+            ("x.forwarded.for", "127.0.0.1"),
+            ("x~y", "1"),
+            ("connection", "close"),
+            ("keep-alive", "1"),
+            ("te", "trailers"),
+            ("trailer", "x"),
+            ("upgrade", "h2c"),
+            ("proxy-connection", "close"),
+            ("x-request-id", "forged"),
         ]);
         assert_eq!(sent(&input(&hostile, &[])), sent(&input(&HeaderMap::new(), &[])));
         // A name that is a parameter's ends up under HTTP_ as any other.
@@ -429,7 +463,14 @@ mod tests {
 
     #[test]
     fn repeated_headers_are_joined() {
-        let headers = map(&[("cookie", "a=1"), ("accept", "x"), ("cookie", "b=2"), ("x-forwarded-for", "1"), ("accept", "y"), ("accept", "z")]);
+        let headers = map(&[
+            ("cookie", "a=1"),
+            ("accept", "x"),
+            ("cookie", "b=2"),
+            ("x-forwarded-for", "1"),
+            ("accept", "y"),
+            ("accept", "z"),
+        ]);
         let pairs = sent(&input(&headers, &[]));
         assert_eq!(get(&pairs, "HTTP_COOKIE").as_deref(), Some("a=1; b=2"));
         assert_eq!(get(&pairs, "HTTP_ACCEPT").as_deref(), Some("x, y, z"));
@@ -438,7 +479,8 @@ mod tests {
 
     #[test]
     fn the_configuration_replaces_what_has_its_name() {
-        let extra = extra(&[("SERVER_NAME", "shop"), ("HTTP_X_ROLE", "guest"), ("HTTP_PROXY", "http://proxy"), ("PATH_TRANSLATED", "/x")]);
+        let extra =
+            extra(&[("SERVER_NAME", "shop"), ("HTTP_X_ROLE", "guest"), ("HTTP_PROXY", "http://proxy"), ("PATH_TRANSLATED", "/x")]);
         let headers = map(&[("x-role", "admin"), ("x-role", "root")]);
         let pairs = sent(&Input { script: Script { path_info: "/p", ..SCRIPT }, ..input(&headers, &extra) });
         assert_eq!(pairs[pairs.len() - 3..], [extra[0].clone(), extra[1].clone(), extra[3].clone()]);
@@ -448,8 +490,13 @@ mod tests {
     #[test]
     fn the_server_has_a_name() {
         for (host, name) in [
-            ("example.com", "example.com"), ("example.com:80", "example.com"), ("[::1]", "[::1]"), ("[::1]:80", "[::1]"),
-            ("[::1", "["), ("", "2001:db8::1"), (":80", ""),
+            ("example.com", "example.com"),
+            ("example.com:80", "example.com"),
+            ("[::1]", "[::1]"),
+            ("[::1]:80", "[::1]"),
+            ("[::1", "["),
+            ("", "2001:db8::1"),
+            (":80", ""),
         ] {
             let headers = HeaderMap::new();
             let input = Input { host, ..input(&headers, &[]) };

@@ -250,9 +250,15 @@ pub struct Decoder {
 enum State {
     #[default]
     Header,
-    Content { stderr: bool, left: u16, padding: u8 },
+    Content {
+        stderr: bool,
+        left: u16,
+        padding: u8,
+    },
     Padding(u8),
-    End { padding: u8 },
+    End {
+        padding: u8,
+    },
     Ended,
 }
 
@@ -445,7 +451,13 @@ mod tests {
     fn stdin_is_split_and_never_empty() {
         let a = ALIGNED_CONTENT;
         for (len, sizes) in [
-            (0, vec![]), (1, vec![1]), (a, vec![a]), (a + 1, vec![a, 1]), (65_535, vec![a, 7]), (65_536, vec![a, 8]), (2 * a + 1, vec![a, a, 1]),
+            (0, vec![]),
+            (1, vec![1]),
+            (a, vec![a]),
+            (a + 1, vec![a, 1]),
+            (65_535, vec![a, 7]),
+            (65_536, vec![a, 8]),
+            (2 * a + 1, vec![a, a, 1]),
         ] {
             let body: Vec<u8> = (0..=255).cycle().take(len).collect();
             let mut out = BytesMut::new();

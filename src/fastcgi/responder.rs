@@ -431,7 +431,8 @@ mod tests {
     fn a_kept_connection_is_answered_again_and_a_single_one_ends() {
         with_responder(1, echo, async |address, _stop| {
             let mut stream = TcpStream::connect(address).await.unwrap();
-            for (params, answer) in [(&[("X", "a"), ("CONTENT_LENGTH", "2")][..], "\r\na b\"hi\""), (&[("X", "b")], "\r\nb b\"\"")] {
+            for (params, answer) in [(&[("X", "a"), ("CONTENT_LENGTH", "2")][..], "\r\na b\"hi\""), (&[("X", "b")], "\r\nb b\"\"")]
+            {
                 assert_eq!(ask(&mut stream, &request(true, params, b"hi there")).await.unwrap(), answer);
             }
             assert_eq!(ask(&mut stream, &request(false, &[("X", "c")], b"")).await.unwrap(), "\r\nc b\"\"");
@@ -527,7 +528,8 @@ mod tests {
     #[test]
     fn the_demo_page_says_who_answered_and_escapes_what_it_was_told() {
         let mut intake = Intake { request: Request { worker: 3, ..Request::default() }, ..Intake::default() };
-        let params = [("REQUEST_METHOD", "<b>"), ("HTTP_X_REQUEST_ID", "id-1"), ("QUERY_STRING", "a&sleep_ms=20"), ("CONTENT_LENGTH", "2")];
+        let params =
+            [("REQUEST_METHOD", "<b>"), ("HTTP_X_REQUEST_ID", "id-1"), ("QUERY_STRING", "a&sleep_ms=20"), ("CONTENT_LENGTH", "2")];
         assert!(intake.take(&mut request(true, &params, b"hi")).unwrap());
         let reply = demo_handler("blue\r\n")(&intake.request);
         let page = str::from_utf8(&reply.output).unwrap();

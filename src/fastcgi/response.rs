@@ -38,8 +38,12 @@ pub struct Head {
 /// Why a header block cannot be passed on. The text is for the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum HeadError {
-    TooLong { limit: usize },
-    TooMany { limit: usize },
+    TooLong {
+        limit: usize,
+    },
+    TooMany {
+        limit: usize,
+    },
     /// Neither `name: value` nor a continuation of one.
     Line(String),
     /// A control character in the value of this header.
@@ -279,8 +283,14 @@ mod tests {
     #[test]
     fn what_php_sends() {
         let lines: &[&[u8]] = &[
-            b"Status: 404 Not Found", b"X-Powered-By: PHP/8.2.36", b"Set-Cookie: a=1; path=/", b"Set-Cookie: b=2",
-            b"Content-type: text/html; charset=UTF-8", b"Content-Length: 12", b"X-Latin: caf\xe9", b"X-Empty:",
+            b"Status: 404 Not Found",
+            b"X-Powered-By: PHP/8.2.36",
+            b"Set-Cookie: a=1; path=/",
+            b"Set-Cookie: b=2",
+            b"Content-type: text/html; charset=UTF-8",
+            b"Content-Length: 12",
+            b"X-Latin: caf\xe9",
+            b"X-Empty:",
         ];
         let head = parse(lines).unwrap();
         assert_eq!((head.status.as_u16(), head.content_length, head.unbuffered), (404, Some(12), false));
@@ -319,8 +329,14 @@ mod tests {
     #[test]
     fn what_belongs_to_one_connection_stays() {
         let head = parse(&[
-            b"Connection: close", b"Keep-Alive: 1", b"Proxy-Connection: x", b"TE: x", b"Trailer: x",
-            b"Transfer-Encoding: chunked", b"Upgrade: h2c", b"X: y",
+            b"Connection: close",
+            b"Keep-Alive: 1",
+            b"Proxy-Connection: x",
+            b"TE: x",
+            b"Trailer: x",
+            b"Transfer-Encoding: chunked",
+            b"Upgrade: h2c",
+            b"X: y",
         ]);
         assert_eq!(head.unwrap().headers.len(), 1);
     }

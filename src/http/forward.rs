@@ -29,11 +29,7 @@ use crate::{
         upstream::{Balance, Policy},
     },
     telemetry::php_log::PhpLog,
-    upstream::{
-        Dispatcher, Ticket, Want,
-        dispatch::now_ms,
-        health::Health,
-    },
+    upstream::{Dispatcher, Ticket, Want, dispatch::now_ms, health::Health},
 };
 
 /// A body up to this size is sent in one write with the parameters.
@@ -374,7 +370,12 @@ async fn read_head(exchange: &mut Exchange, read_timeout: Duration, log: &mut Ph
 }
 
 /// What of the answer is there already, up to `memory`. `None`: more is to come.
-async fn take_ready(exchange: &mut Exchange, pieces: &mut Vec<Bytes>, memory: usize, log: &mut PhpLog) -> Option<Result<(), Error>> {
+async fn take_ready(
+    exchange: &mut Exchange,
+    pieces: &mut Vec<Bytes>,
+    memory: usize,
+    log: &mut PhpLog,
+) -> Option<Result<(), Error>> {
     let mut bytes: usize = pieces.iter().map(Bytes::len).sum();
     std::future::poll_fn(|cx| {
         while bytes <= memory {

@@ -217,7 +217,8 @@ impl Pump {
                 }
                 Place::NewFile => {
                     let file = SpillFile::create(&self.buffers.pool, plan.dir.clone()).await?;
-                    self.pipe.borrow_mut().spill = Some(Spill { file, read: 0, written: 0, high: 0, disk: self.buffers.disk.share() });
+                    self.pipe.borrow_mut().spill =
+                        Some(Spill { file, read: 0, written: 0, high: 0, disk: self.buffers.disk.share() });
                 }
                 Place::File(file, offset) => {
                     file.write(&self.buffers.pool, batch, offset).await?;

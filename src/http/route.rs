@@ -33,11 +33,7 @@ pub fn site<'a>(table: &'a SiteTable, host: &str) -> Option<&'a Arc<Site>> {
         name
     };
     let wildcard = |(suffix, _): &&(String, Arc<Site>)| name.len() > suffix.len() && name.ends_with(suffix.as_str());
-    table
-        .exact
-        .get(name)
-        .or_else(|| table.wildcard.iter().find(wildcard).map(|(_, site)| site))
-        .or(table.default.as_ref())
+    table.exact.get(name).or_else(|| table.wildcard.iter().find(wildcard).map(|(_, site)| site)).or(table.default.as_ref())
 }
 
 fn without_port(host: &str) -> &str {

@@ -113,7 +113,8 @@ async fn answer(
         return Ok(health(worker));
     }
     // Before anything looks at the contents of a request that is malformed or too large.
-    let limits = guards::Limits { max_uri_bytes: settings.listen.max_uri_bytes, max_header_bytes: settings.listen.max_header_bytes };
+    let limits =
+        guards::Limits { max_uri_bytes: settings.listen.max_uri_bytes, max_header_bytes: settings.listen.max_header_bytes };
     let host = match guards::check(parts, &limits)? {
         Passed::OptionsStar => return Ok(status(StatusCode::NO_CONTENT, &[(header::ALLOW, guards::ALLOW)])),
         Passed::Request { host } => host,
@@ -194,7 +195,12 @@ async fn refused(worker: &Worker, site: &crate::model::Site, root: Option<&Path>
         && worker.files.exists(root, &site.symlinks, path).await
     {
         let script = String::from_utf8_lossy(path);
-        tracing::warn!(site = &*site.name, script = &*script, declare = format!("scripts = [{script:?}]"), "a script that is not declared was asked for");
+        tracing::warn!(
+            site = &*site.name,
+            script = &*script,
+            declare = format!("scripts = [{script:?}]"),
+            "a script that is not declared was asked for"
+        );
     }
     Error::new(Kind::NotFound, format!("{why:?}"))
 }

@@ -17,8 +17,7 @@ pub enum Phase {
 }
 
 impl Phase {
-    pub const ALL: [Phase; 6] =
-        [Phase::Starting, Phase::Running, Phase::LameDuck, Phase::Draining, Phase::Aborting, Phase::Exited];
+    pub const ALL: [Phase; 6] = [Phase::Starting, Phase::Running, Phase::LameDuck, Phase::Draining, Phase::Aborting, Phase::Exited];
 
     pub fn name(self) -> &'static str {
         match self {

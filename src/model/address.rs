@@ -23,9 +23,9 @@ impl FromStr for Address {
             }
             return Ok(Address::Unix(PathBuf::from(path)));
         }
-        text.parse()
-            .map(Address::Tcp)
-            .map_err(|_| format!("`{text}` is not an address; write \"10.0.0.1:9000\", \"[::1]:9000\" or \"unix:/run/php/php-fpm.sock\""))
+        text.parse().map(Address::Tcp).map_err(|_| {
+            format!("`{text}` is not an address; write \"10.0.0.1:9000\", \"[::1]:9000\" or \"unix:/run/php/php-fpm.sock\"")
+        })
     }
 }
 

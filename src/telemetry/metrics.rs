@@ -28,8 +28,7 @@ pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; cha
 pub const PHASES: [&str; 6] = ["Starting", "Running", "LameDuck", "Draining", "Aborting", "Exited"];
 
 /// Upper bounds of the buckets of every histogram, in seconds; `+Inf` follows.
-pub const BUCKETS: [f64; 15] =
-    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
+pub const BUCKETS: [f64; 15] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
 
 /// Names a shard remembers. Reloads that keep inventing names end up under [`OTHER`].
 const MAX_NAMES: usize = 1024;
@@ -420,12 +419,8 @@ impl Scrape {
             name if name == ATTEMPTS.name => {
                 self.attempts.iter().try_for_each(|((upstream, set, result), n)| out.counter(&[upstream, set, result], *n))
             }
-            name if name == QUEUE_WAIT.name => {
-                self.queue_waits.iter().try_for_each(|(upstream, h)| out.histogram(&[upstream], h))
-            }
-            name if name == QUEUE_DEPTH.name => {
-                self.gauges.upstreams.iter().try_for_each(|u| out.gauge(&[&u.name], u.queued))
-            }
+            name if name == QUEUE_WAIT.name => self.queue_waits.iter().try_for_each(|(upstream, h)| out.histogram(&[upstream], h)),
+            name if name == QUEUE_DEPTH.name => self.gauges.upstreams.iter().try_for_each(|u| out.gauge(&[&u.name], u.queued)),
             name if name == PHASE.name => {
                 let phase = self.gauges.phase;
                 PHASES.iter().try_for_each(|known| out.gauge(&[known], u64::from(*known == phase)))

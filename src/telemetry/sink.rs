@@ -10,7 +10,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
         mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel},
     },
     thread,
@@ -53,13 +53,18 @@ impl Target {
 }
 
 enum Message {
-    Batch { bytes: Vec<u8>, lines: u64 },
+    Batch {
+        bytes: Vec<u8>,
+        lines: u64,
+    },
     /// Look at `Shared::replacement`.
     Wake,
     Stop,
 }
 
 struct Shared {
+    /// Nothing is taken any more.
+    stopped: AtomicBool,
     queue: SyncSender<Message>,
     queued_bytes: AtomicUsize,
     queued_lines: AtomicU64,
@@ -86,6 +91,7 @@ impl LineSink {
         let (queue, messages) = sync_channel(QUEUE_BATCHES);
         let (alive, ended) = sync_channel::<()>(0);
         let shared = Arc::new(Shared {
+            stopped: AtomicBool::new(false),
             queue,
             queued_bytes: AtomicUsize::new(0),
             queued_lines: AtomicU64::new(0),
@@ -105,6 +111,10 @@ impl LineSink {
     /// Hands a batch of whole lines over. Never blocks; false and counted where there is no room.
     pub fn push(&self, bytes: Vec<u8>, lines: u64) -> bool {
         let shared = &self.0;
+        if shared.stopped.load(Ordering::Relaxed) {
+            shared.lost.fetch_add(lines, Ordering::Relaxed);
+            return false;
+        }
         let size = bytes.len();
         // Counted before the send: the writer takes it off again, and must not see less than zero.
         let before = shared.queued_bytes.fetch_add(size, Ordering::Relaxed);
@@ -143,6 +153,7 @@ impl LineSink {
     /// lost. Blocks: for the end of the process only.
     pub fn flush_and_stop(&self, deadline: Duration) -> bool {
         let until = Instant::now() + deadline;
+        self.0.stopped.store(true, Ordering::Relaxed);
         let done = loop {
             match self.0.queue.try_send(Message::Stop) {
                 Ok(()) => {

@@ -8,9 +8,7 @@ use std::{
 };
 
 use tracing::Subscriber;
-use tracing_subscriber::{
-    EnvFilter, Layer, Registry, fmt::MakeWriter, layer::SubscriberExt, registry::LookupSpan, reload,
-};
+use tracing_subscriber::{EnvFilter, Layer, Registry, fmt::MakeWriter, layer::SubscriberExt, registry::LookupSpan, reload};
 
 use super::sink::{LineSink, Target};
 use crate::model::settings::LogFormat;
@@ -76,7 +74,10 @@ fn filter(level: &str) -> Result<EnvFilter, String> {
 }
 
 fn subscriber(
-    json: bool, colour: bool, filter: EnvFilter, sink: LineSink,
+    json: bool,
+    colour: bool,
+    filter: EnvFilter,
+    sink: LineSink,
 ) -> (impl Subscriber + for<'a> LookupSpan<'a> + Send + Sync, reload::Handle<EnvFilter, Registry>) {
     let (filter, handle) = reload::Layer::new(filter);
     let fmt = tracing_subscriber::fmt::layer().with_writer(ToSink { sink, one_line: !json });

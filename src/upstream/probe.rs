@@ -100,7 +100,8 @@ async fn probe(target: Target, set: Arc<Set>) {
         let mut told = false;
         loop {
             let quiet_ms = now_ms().saturating_sub(target.endpoint.last_answer_ms.load(std::sync::atomic::Ordering::Relaxed));
-            let answers_users = target.endpoint.is_usable(now_ms()) && quiet_ms < ping.every.as_millis().try_into().unwrap_or(u64::MAX);
+            let answers_users =
+                target.endpoint.is_usable(now_ms()) && quiet_ms < ping.every.as_millis().try_into().unwrap_or(u64::MAX);
             if !answers_users && let Some(slot) = target.endpoint.try_take(&target.queue) {
                 let result = target.ask(&target.endpoint.address, &ping.path, "").await;
                 drop(slot);

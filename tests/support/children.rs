@@ -49,9 +49,8 @@ pub fn signal(pid: u32, signal: libc::c_int) -> bool {
 pub fn children_of(parent: u32) -> Vec<u32> {
     let entries = std::fs::read_dir("/proc").expect("/proc").flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    let mut found: Vec<u32> = pids
-        .filter(|pid| matches!(state_and_parent(*pid), Some((state, ppid)) if ppid == parent && state != 'Z'))
-        .collect();
+    let mut found: Vec<u32> =
+        pids.filter(|pid| matches!(state_and_parent(*pid), Some((state, ppid)) if ppid == parent && state != 'Z')).collect();
     found.sort_unstable();
     found
 }

@@ -86,11 +86,7 @@ impl Response {
 
     /// All headers of that name, in order.
     pub fn header_all(&self, name: &str) -> Vec<&str> {
-        self.headers
-            .iter()
-            .filter(|(found, _)| found.eq_ignore_ascii_case(name))
-            .map(|(_, value)| value.as_str())
-            .collect()
+        self.headers.iter().filter(|(found, _)| found.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str()).collect()
     }
 
     pub fn text(&self) -> String {
@@ -99,8 +95,7 @@ impl Response {
 
     /// The body as JSON; panics with the answer if it is none.
     pub fn json(&self) -> serde_json::Value {
-        serde_json::from_slice(&self.body)
-            .unwrap_or_else(|error| panic!("{error} in {} {:?}", self.status, self.text()))
+        serde_json::from_slice(&self.body).unwrap_or_else(|error| panic!("{error} in {} {:?}", self.status, self.text()))
     }
 
     pub fn colour(&self) -> Option<&str> {
@@ -113,10 +108,7 @@ impl Response {
             let values = self.header_all("Connection");
             values.iter().flat_map(|value| value.split(',')).any(|token| token.trim().eq_ignore_ascii_case(word))
         };
-        self.sent_whole
-            && self.framing != Framing::Eof
-            && !has("close")
-            && (self.version == "HTTP/1.1" || has("keep-alive"))
+        self.sent_whole && self.framing != Framing::Eof && !has("close") && (self.version == "HTTP/1.1" || has("keep-alive"))
     }
 }
 
@@ -130,10 +122,7 @@ pub fn request(method: &str, target: &str, headers: &[(&str, &str)], body: &[u8]
     for (name, value) in headers {
         head += &format!("{name}: {value}\r\n");
     }
-    if !has("Content-Length")
-        && !has("Transfer-Encoding")
-        && (!body.is_empty() || ["POST", "PUT", "PATCH"].contains(&method))
-    {
+    if !has("Content-Length") && !has("Transfer-Encoding") && (!body.is_empty() || ["POST", "PUT", "PATCH"].contains(&method)) {
         head += &format!("Content-Length: {}\r\n", body.len());
     }
     [head.as_bytes(), b"\r\n", body].concat()
@@ -160,8 +149,7 @@ pub async fn send(
     headers: &[(&str, &str)],
     body: &[u8],
 ) -> Result<Response, HttpError> {
-    let mut connection =
-        Connection::open(address).await.map_err(|error| HttpError::Broken { error, got: Bytes::new() })?;
+    let mut connection = Connection::open(address).await.map_err(|error| HttpError::Broken { error, got: Bytes::new() })?;
     connection.exchange(method, &request(method, target, headers, body)).await
 }
 
@@ -248,16 +236,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             let sent = self.send(request).await;
             let answer = self.read_response(method).await;
             return match (sent, answer) {
-                (Err(error), Err(failed)) if failed.is_unanswered() => {
-                    Err(HttpError::Broken { error, got: Bytes::new() })
-                }
+                (Err(error), Err(failed)) if failed.is_unanswered() => Err(HttpError::Broken { error, got: Bytes::new() }),
                 (_, answer) => answer,
             };
         }
         let (reader, mut writer) = tokio::io::split(&mut self.stream);
         let buffer = std::mem::take(&mut self.buffer);
-        let mut answers =
-            Connection { stream: tokio::io::join(reader, tokio::io::sink()), buffer, taken: BytesMut::new() };
+        let mut answers = Connection { stream: tokio::io::join(reader, tokio::io::sink()), buffer, taken: BytesMut::new() };
         let (sent, answer) = {
             let read = answers.read_response(method);
             let write = async {
@@ -277,9 +262,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         self.buffer = answers.buffer;
         match (sent, answer) {
             (sent, Ok(answer)) => Ok(Response { sent_whole: matches!(sent, Some(Ok(()))), ..answer }),
-            (Some(Err(error)), Err(failed)) if failed.is_unanswered() => {
-                Err(HttpError::Broken { error, got: Bytes::new() })
-            }
+            (Some(Err(error)), Err(failed)) if failed.is_unanswered() => Err(HttpError::Broken { error, got: Bytes::new() }),
             (_, failed) => failed,
         }
     }
@@ -397,8 +380,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     async fn chunk(&mut self) -> Result<(Bytes, Vec<(String, String)>), HttpError> {
         let line = self.line().await?;
         let digits = line.split(';').next().unwrap_or_default().trim();
-        let size =
-            usize::from_str_radix(digits, 16).map_err(|_| HttpError::Malformed(format!("chunk size {line:?}")))?;
+        let size = usize::from_str_radix(digits, 16).map_err(|_| HttpError::Malformed(format!("chunk size {line:?}")))?;
         let mut trailers = Vec::new();
         if size == 0 {
             loop {
@@ -464,9 +446,7 @@ fn parse_head(head: &[u8]) -> Result<Response, HttpError> {
 fn split_header(line: impl AsRef<str>) -> Result<(String, String), HttpError> {
     let line = line.as_ref();
     match line.split_once(':') {
-        Some((name, value)) if !name.is_empty() && !name.contains([' ', '\t']) => {
-            Ok((name.to_owned(), value.trim().to_owned()))
-        }
+        Some((name, value)) if !name.is_empty() && !name.contains([' ', '\t']) => Ok((name.to_owned(), value.trim().to_owned())),
         _ => Err(HttpError::Malformed(format!("header line {line:?}"))),
     }
 }

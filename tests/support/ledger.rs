@@ -101,8 +101,7 @@ impl Shape {
     }
 
     fn bytes(&self, id: &str) -> Vec<u8> {
-        let mut headers: Vec<(&str, &str)> =
-            self.headers.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+        let mut headers: Vec<(&str, &str)> = self.headers.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
         headers.extend([("X-Request-ID", id), ("X-Ledger-ID", id)]);
         if self.chunked {
             let chunks: Vec<&[u8]> = self.body.chunks(8 << 10).collect();
@@ -128,8 +127,7 @@ impl Shape {
             Expect::Hello | Expect::Exactly(_) => Err(format!("{:?}", answer.text())),
             Expect::Pattern(len) => pattern::check(&answer.body, *len),
             Expect::Digest => {
-                let json: serde_json::Value =
-                    serde_json::from_slice(&answer.body).map_err(|error| error.to_string())?;
+                let json: serde_json::Value = serde_json::from_slice(&answer.body).map_err(|error| error.to_string())?;
                 let wanted = [
                     ("length", serde_json::json!(self.body.len())),
                     ("sha1", serde_json::json!(self.sha1)),
@@ -361,13 +359,7 @@ impl Ledger {
     }
 }
 
-async fn attempt(
-    address: SocketAddr,
-    held: &mut Option<Connection<TcpStream>>,
-    shape: &Shape,
-    id: &str,
-    bytes: &[u8],
-) -> Outcome {
+async fn attempt(address: SocketAddr, held: &mut Option<Connection<TcpStream>>, shape: &Shape, id: &str, bytes: &[u8]) -> Outcome {
     let mut connection = match held.take() {
         Some(connection) => connection,
         None => match Connection::open(address).await {
@@ -421,18 +413,10 @@ impl fmt::Display for Summary {
             f,
             "{requests} requests, {failed} failed: {resets} reset, {early_ends} ended early, {bad_bodies} bad, {timeouts} timed out, {refused} refused"
         )?;
-        writeln!(
-            f,
-            "statuses {statuses:?}, colours {:?}, {} reconnects, {} unasked",
-            self.colours, self.reconnects, self.unasked
-        )?;
+        writeln!(f, "statuses {statuses:?}, colours {:?}, {} reconnects, {} unasked", self.colours, self.reconnects, self.unasked)?;
         writeln!(f, "p99 {:?}, slowest {:?}", self.p99, self.slowest)?;
         for Entry { id, method, path, outcome, reused, started, finished } in &self.first_failures {
-            writeln!(
-                f,
-                "  {id} {method} {path}: {outcome:?} after {:?}, connection reused: {reused}",
-                *finished - *started
-            )?;
+            writeln!(f, "  {id} {method} {path}: {outcome:?} after {:?}, connection reused: {reused}", *finished - *started)?;
         }
         Ok(())
     }

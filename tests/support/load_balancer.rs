@@ -97,10 +97,7 @@ impl Builder {
     }
 
     pub fn start(self) -> LoadBalancer {
-        assert!(
-            self.health.is_empty() || self.health.len() == self.targets.len(),
-            "one health address for each target"
-        );
+        assert!(self.health.is_empty() || self.health.len() == self.targets.len(), "one health address for each target");
         let targets: Vec<Arc<Target>> = self.targets.iter().map(|address| Arc::new(Target::new(*address))).collect();
         let (stop, stopping) = watch::channel(false);
         let mut tasks = JoinSet::new();
@@ -186,10 +183,7 @@ impl LoadBalancer {
 
     /// Until a target is no longer sent to.
     pub async fn wait_out(&self, target: usize) {
-        wait_for(&self.targets[target].service, &format!("target {target} to be out"), |service| {
-            *service == Service::Out
-        })
-        .await;
+        wait_for(&self.targets[target].service, &format!("target {target} to be out"), |service| *service == Service::Out).await;
     }
 
     /// Until a target has been taken out, and is still sent to, or no longer.
@@ -259,18 +253,11 @@ async fn check(plan: Builder, target: Arc<Target>, asked: SocketAddr, mut stop: 
     }
 }
 
-async fn drive(
-    plan: Builder,
-    nth: usize,
-    targets: Vec<Arc<Target>>,
-    turn: Arc<AtomicUsize>,
-    mut stop: watch::Receiver<bool>,
-) {
+async fn drive(plan: Builder, nth: usize, targets: Vec<Arc<Target>>, turn: Arc<AtomicUsize>, mut stop: watch::Receiver<bool>) {
     let mut dice = nth as u64;
     let mut shapes = plan.shapes.iter().cycle().skip(nth % plan.shapes.len());
     while !*stop.borrow() {
-        let sent_to: Vec<&Arc<Target>> =
-            targets.iter().filter(|target| *target.service.borrow() != Service::Out).collect();
+        let sent_to: Vec<&Arc<Target>> = targets.iter().filter(|target| *target.service.borrow() != Service::Out).collect();
         let chosen = sent_to.get(turn.fetch_add(1, Ordering::Relaxed) % sent_to.len().max(1));
         let pause = if let Some(target) = chosen {
             let mut held = target.take();

@@ -20,10 +20,8 @@ pub fn free_address() -> SocketAddr {
     let clock = SystemTime::now().duration_since(UNIX_EPOCH).expect("the clock is past 1970");
     for _ in 0..COUNT {
         let step = NEXT.fetch_add(1, Ordering::Relaxed);
-        let port = FIRST
-            + std::process::id().wrapping_mul(7919).wrapping_add(clock.subsec_micros()).wrapping_add(step) % COUNT;
-        let lock =
-            OpenOptions::new().create(true).append(true).open(folder.join(port.to_string())).expect("a port lock file");
+        let port = FIRST + std::process::id().wrapping_mul(7919).wrapping_add(clock.subsec_micros()).wrapping_add(step) % COUNT;
+        let lock = OpenOptions::new().create(true).append(true).open(folder.join(port.to_string())).expect("a port lock file");
         if !locked(&lock) {
             continue;
         }

@@ -66,16 +66,15 @@ impl Builder {
     pub async fn start(self) -> Slackwater {
         let folder = tempfile::Builder::new().prefix("slackwater-").tempdir().expect("a temporary folder");
         let [http, ops, https] = std::array::from_fn(|_| ports::free_address());
-        let places =
-            Places { http, ops, https, admin: folder.path().join("admin.sock"), folder: folder.path().to_owned() };
+        let places = Places { http, ops, https, admin: folder.path().join("admin.sock"), folder: folder.path().to_owned() };
         let config = folder.path().join("slackwater.toml");
         fs::write(&config, places.fill(&self.toml)).expect("the configuration is written");
         let mut command = Command::new(&self.binary);
         command.arg("serve").arg("--config").arg(&config).args(&self.args);
         command.envs(self.env.iter().map(|(name, value)| (name, value)));
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = children::spawn(command, libc::SIGKILL)
-            .unwrap_or_else(|error| panic!("{}: {error}", self.binary.display()));
+        let mut child =
+            children::spawn(command, libc::SIGKILL).unwrap_or_else(|error| panic!("{}: {error}", self.binary.display()));
         let log = watch::Sender::new(Vec::new());
         follow(child.stdout.take().expect("stdout is piped"), Stream::Stdout, log.clone());
         follow(child.stderr.take().expect("stderr is piped"), Stream::Stderr, log.clone());
@@ -230,12 +229,7 @@ impl Slackwater {
     pub async fn cli_ok(&self, args: &[&str]) -> String {
         let output = self.cli(args).await;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        assert!(
-            output.status.success(),
-            "{args:?}: {}\n{text}{}",
-            output.status,
-            String::from_utf8_lossy(&output.stderr)
-        );
+        assert!(output.status.success(), "{args:?}: {}\n{text}{}", output.status, String::from_utf8_lossy(&output.stderr));
         text
     }
 
@@ -298,9 +292,7 @@ impl Slackwater {
 
     /// As [`Slackwater::wait_for_log`], the first `skip` lines left out: take `log().len()` before the deed.
     pub async fn wait_for_log_after(&self, skip: usize, text: &str, deadline: Duration) -> String {
-        let find = |lines: &Vec<Line>| {
-            lines.iter().skip(skip).find(|line| line.text.contains(text)).map(|line| line.text.clone())
-        };
+        let find = |lines: &Vec<Line>| lines.iter().skip(skip).find(|line| line.text.contains(text)).map(|line| line.text.clone());
         let mut lines = self.log.subscribe();
         let found = tokio::time::timeout(deadline, lines.wait_for(|lines| find(lines).is_some())).await;
         match found {

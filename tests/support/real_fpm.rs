@@ -16,13 +16,8 @@ use super::{children, ports};
 /// Until a started FPM answers its ping, and until a stopped one is gone.
 const DEADLINE: Duration = Duration::from_secs(15);
 
-const BINARIES: [&str; 5] = [
-    "/usr/sbin/php-fpm8.2",
-    "/usr/sbin/php-fpm",
-    "/usr/local/sbin/php-fpm",
-    "/usr/sbin/php-fpm8.3",
-    "/usr/sbin/php-fpm8.4",
-];
+const BINARIES: [&str; 5] =
+    ["/usr/sbin/php-fpm8.2", "/usr/sbin/php-fpm", "/usr/local/sbin/php-fpm", "/usr/sbin/php-fpm8.3", "/usr/sbin/php-fpm8.4"];
 
 /// `pm`, with the children it may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,8 +116,7 @@ impl Builder {
     /// Starts it and waits until it answers. Panics with its log otherwise, or if there is none on this machine.
     pub async fn start(self) -> RealFpm {
         let binary = BINARIES.iter().map(Path::new).find(|path| path.exists());
-        let binary =
-            binary.expect("no php-fpm on this machine: apt-get install php8.2-fpm (tests/run does it)").to_owned();
+        let binary = binary.expect("no php-fpm on this machine: apt-get install php8.2-fpm (tests/run does it)").to_owned();
         let folder = tempfile::Builder::new().prefix("fpm-").tempdir().expect("a temporary folder");
         // The workers run as www-data and must get through.
         open_to_all(folder.path(), 0o755);
@@ -137,11 +131,8 @@ impl Builder {
         let journal = folder.path().join("journal");
         fs::write(&journal, "").expect("the journal is made");
         open_to_all(&journal, 0o666);
-        let address = if self.unix {
-            FpmAddress::Unix(folder.path().join("fpm.sock"))
-        } else {
-            FpmAddress::Tcp(ports::free_address())
-        };
+        let address =
+            if self.unix { FpmAddress::Unix(folder.path().join("fpm.sock")) } else { FpmAddress::Tcp(ports::free_address()) };
         let status_address = self.status_listen.then(|| FpmAddress::Tcp(ports::free_address()));
         let mut fpm = RealFpm { plan: self, binary, folder, docroot, journal, address, status_address, child: None };
         fs::write(fpm.folder.path().join("fpm.conf"), fpm.configuration()).expect("the configuration is written");
@@ -303,8 +294,7 @@ impl RealFpm {
             let asked = tokio::time::timeout(DEADLINE, async {
                 if self.plan.ping {
                     let params = fastcgi::script_params("", "/ping", "");
-                    let params: Vec<(&str, &str)> =
-                        params.iter().map(|(name, value)| (*name, value.as_str())).collect();
+                    let params: Vec<(&str, &str)> = params.iter().map(|(name, value)| (*name, value.as_str())).collect();
                     fastcgi::ask(&self.address, &params, &[]).await
                 } else {
                     self.ask("/hello.php", "").await
@@ -443,9 +433,5 @@ fn open_to_all(path: &Path, mode: u32) {
 /// Debian's www-data, else nobody, and the group of each.
 fn user() -> (&'static str, &'static str) {
     let known = fs::read_to_string("/etc/passwd").unwrap_or_default();
-    if known.lines().any(|line| line.starts_with("www-data:")) {
-        ("www-data", "www-data")
-    } else {
-        ("nobody", "nogroup")
-    }
+    if known.lines().any(|line| line.starts_with("www-data:")) { ("www-data", "www-data") } else { ("nobody", "nogroup") }
 }

@@ -723,8 +723,7 @@ impl Shared {
                 return behaviour;
             }
             let (uri, name) = (request.uri(), request.param("SCRIPT_NAME").unwrap_or_default());
-            let matching =
-                script.by_path.iter().filter(|(prefix, _)| uri.starts_with(prefix) || name.starts_with(prefix));
+            let matching = script.by_path.iter().filter(|(prefix, _)| uri.starts_with(prefix) || name.starts_with(prefix));
             if let Some((_, behaviour)) = matching.max_by_key(|(prefix, _)| prefix.len()) {
                 return behaviour.clone();
             }
@@ -967,7 +966,8 @@ async fn answer(out: &mut Out<'_>, wire: &mut Wire, body: &Bytes, ledger_id: Opt
         Body::Pattern(bytes) => pattern::pattern(*bytes),
         Body::Digest => {
             let colour = behaviour.colour.as_deref().unwrap_or_default();
-            let digest = serde_json::json!({"colour": colour, "ledger_id": ledger_id, "length": body.len(), "sha1": sha1::hex(body)});
+            let digest =
+                serde_json::json!({"colour": colour, "ledger_id": ledger_id, "length": body.len(), "sha1": sha1::hex(body)});
             format!("{digest}\n").into()
         }
     };
@@ -1095,12 +1095,7 @@ impl Wire {
             return Err(io::Error::other("a record of version 0"));
         }
         let len = usize::from(u16::from_be_bytes([bytes[4], bytes[5]]));
-        let header = Header {
-            kind: bytes[1],
-            id: u16::from_be_bytes([bytes[2], bytes[3]]),
-            len,
-            padding: usize::from(bytes[6]),
-        };
+        let header = Header { kind: bytes[1], id: u16::from_be_bytes([bytes[2], bytes[3]]), len, padding: usize::from(bytes[6]) };
         if header.len + header.padding > 65_535 {
             return Err(io::Error::other("content and padding above 65,535 bytes"));
         }
@@ -1174,8 +1169,7 @@ impl Wire {
             }
             params.extend(get_params(&content).ok_or_else(|| {
                 Stop::Refuse(
-                    "a PARAMS record that is not whole pairs (php-src fcgi_get_params parses each record alone)"
-                        .to_owned(),
+                    "a PARAMS record that is not whole pairs (php-src fcgi_get_params parses each record alone)".to_owned(),
                 )
             })?);
         }

@@ -2,6 +2,8 @@
 
 use std::{fmt, time::Instant};
 
+const COLOURS_SHOWN: usize = 20;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Colour {
     Blue,
@@ -90,12 +92,13 @@ impl Ledger {
 
     /// Whoever is in force when a request is sent may answer it, and whoever has been turned to before it ended.
     fn may_answer(&self, colour: Colour, sent: Instant, ended: Instant) -> bool {
-        let base = self.turns.iter().rev().find(|turn| turn.returned.is_some_and(|at| at <= sent)).map_or(Colour::Blue, |turn| turn.to);
+        let base =
+            self.turns.iter().rev().find(|turn| turn.returned.is_some_and(|at| at <= sent)).map_or(Colour::Blue, |turn| turn.to);
         let meanwhile = |turn: &&Turn| turn.started < ended && turn.returned.is_none_or(|at| at > sent);
         base == colour || self.turns.iter().filter(meanwhile).any(|turn| turn.to == colour)
     }
 
-    /// A line for every request that did not end as it should have.
+    /// A line for every request that did not end as it should have; of those that the wrong colour answered, the first ones.
     pub fn wrong(&self) -> Vec<String> {
         let line = |entry: &Entry, what: fmt::Arguments| {
             let at = entry.sent.saturating_duration_since(self.began).as_secs_f64();
@@ -103,13 +106,22 @@ impl Ledger {
             format!("{} {} sent at {at:.3} s, after {age:.3} s: {what}", entry.kind.name(), entry.id)
         };
         let mut wrong = Vec::new();
+        let mut colours = 0;
         for entry in &self.entries {
             match &entry.end {
                 End::Answered(colour) if self.may_answer(*colour, entry.sent, entry.ended) => {}
-                End::Answered(colour) => wrong.push(line(entry, format_args!("wrong colour: answered by {}", colour.name()))),
+                End::Answered(colour) => {
+                    colours += 1;
+                    if colours <= COLOURS_SHOWN {
+                        wrong.push(line(entry, format_args!("wrong colour: answered by {}", colour.name())));
+                    }
+                }
                 End::Failed(why) => wrong.push(line(entry, format_args!("failed: {why}"))),
                 End::Cut(why) => wrong.push(line(entry, format_args!("cut: {why}"))),
             }
+        }
+        if colours > COLOURS_SHOWN {
+            wrong.push(format!("and {} more answered by the wrong colour", colours - COLOURS_SHOWN));
         }
         for kind in Kind::ALL {
             let open = self.sent[kind as usize].saturating_sub(self.entries.iter().filter(|entry| entry.kind == kind).count());

@@ -52,7 +52,8 @@ header('Cache-Control: no-store');
 /// In PATH, else where Debian puts it for root only.
 pub fn find_php() -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let folders: Vec<PathBuf> = std::env::split_paths(&path).chain([PathBuf::from("/usr/sbin")]).filter(|f| f.is_absolute()).collect();
+    let folders: Vec<PathBuf> =
+        std::env::split_paths(&path).chain([PathBuf::from("/usr/sbin")]).filter(|f| f.is_absolute()).collect();
     ["php-fpm", "php-fpm8.2"].iter().find_map(|name| folders.iter().map(|f| f.join(name)).find(|file| file.is_file()))
 }
 

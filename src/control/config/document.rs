@@ -75,10 +75,8 @@ pub fn parse(file: usize, text: &str) -> Result<Table, Syntax> {
     match DeTable::parse(text) {
         Ok(table) => Ok(convert_table(file, table.into_inner())),
         Err(error) => {
-            let help = error
-                .message()
-                .contains("escape")
-                .then(|| "in single quotes a backslash stands for itself: '~\\.php$'".to_owned());
+            let help =
+                error.message().contains("escape").then(|| "in single quotes a backslash stands for itself: '~\\.php$'".to_owned());
             let offset = error.span().map_or(0, |span| span.start);
             Err(Syntax { offset, message: format!("not valid TOML: {}", error.message()), help })
         }
@@ -151,8 +149,5 @@ fn merge_at(into: &mut Table, from: Table, path: &str, twice: &mut Vec<Twice>) {
 /// Whether a table may be spread over files. A set may not: half a set in another file is hard to find.
 fn is_shared(path: &str) -> bool {
     let parts: Vec<&str> = path.split('.').collect();
-    matches!(
-        parts.as_slice(),
-        ["listen" | "buffer" | "log" | "drain" | "upstream"] | ["upstream", _] | ["upstream", _, "set"]
-    )
+    matches!(parts.as_slice(), ["listen" | "buffer" | "log" | "drain" | "upstream"] | ["upstream", _] | ["upstream", _, "set"])
 }

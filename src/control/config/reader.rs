@@ -173,8 +173,7 @@ impl<'a> Reader<'a> {
                 self.report.problem(entry.at, format!("`{shown}` is not supported by this version yet"), None);
                 continue;
             }
-            let table =
-                if self.path.is_empty() { "at the top of the file".into() } else { format!("in `{}`", self.path) };
+            let table = if self.path.is_empty() { "at the top of the file".into() } else { format!("in `{}`", self.path) };
             let help = nearest(key, self.asked.iter().chain(later).copied())
                 .map(|near| format!("did you mean `{near}`?"))
                 .or_else(|| home(key, self.section));
@@ -344,10 +343,8 @@ impl<'a> Value<'a> {
                     };
                     self.refuse(format!("{text:?} is not a size"), help)
                 }
-                Some((number, _)) => self.refuse(
-                    format!("{text:?} has no unit"),
-                    format!("write \"{}\", if bytes are meant", unit::show_size(number)),
-                ),
+                Some((number, _)) => self
+                    .refuse(format!("{text:?} has no unit"), format!("write \"{}\", if bytes are meant", unit::show_size(number))),
                 None => self.refuse(format!("{text:?} is not a size"), UNITS),
             };
         };
@@ -429,14 +426,9 @@ impl<'a> Value<'a> {
 
     pub fn reader(&self, section: &'static str) -> Option<Reader<'a>> {
         match &self.node.kind {
-            Kind::Table(table) => Some(Reader {
-                report: self.report,
-                at: self.node.at,
-                path: self.path.clone(),
-                section,
-                table,
-                asked: Vec::new(),
-            }),
+            Kind::Table(table) => {
+                Some(Reader { report: self.report, at: self.node.at, path: self.path.clone(), section, table, asked: Vec::new() })
+            }
             _ => self.mistyped("a table", None),
         }
     }
@@ -450,15 +442,11 @@ impl<'a> Value<'a> {
         match text.parse::<IpNet>() {
             Ok(network) => {
                 if network != network.trunc() {
-                    self.report.warn(
-                        self.node.at,
-                        format!("`{}`: \"{network}\" is taken as \"{}\"", self.path, network.trunc()),
-                    );
+                    self.report.warn(self.node.at, format!("`{}`: \"{network}\" is taken as \"{}\"", self.path, network.trunc()));
                 }
                 Some(network.trunc())
             }
-            Err(_) => self
-                .refuse(format!("{text:?} is not a network"), "write \"10.0.0.0/8\", \"fd00::/8\" or a single address"),
+            Err(_) => self.refuse(format!("{text:?} is not a network"), "write \"10.0.0.0/8\", \"fd00::/8\" or a single address"),
         }
     }
 
@@ -469,10 +457,8 @@ impl<'a> Value<'a> {
             return self.refuse(format!("{text:?} does not begin with a slash"), format!("write \"/{text}\""));
         }
         if text.contains(['?', '#']) || text.chars().any(char::is_control) {
-            return self.refuse(
-                format!("{text:?} is more than a path"),
-                "write the path alone, without query, fragment or line break",
-            );
+            return self
+                .refuse(format!("{text:?} is more than a path"), "write the path alone, without query, fragment or line break");
         }
         Some(text)
     }
@@ -492,8 +478,7 @@ impl<'a> Value<'a> {
             return Some(None);
         }
         if !text.starts_with('/') {
-            return self
-                .refuse(format!("{text:?} is not an absolute path"), "write the whole path, beginning with a slash");
+            return self.refuse(format!("{text:?} is not an absolute path"), "write the whole path, beginning with a slash");
         }
         let trimmed = text.trim_end_matches('/');
         Some(Some(if trimmed.is_empty() { "/".to_owned() } else { trimmed.to_owned() }))

@@ -62,8 +62,7 @@ impl Keys {
     pub fn read(t: &mut Reader<'_>, above: &Keys, around: &Around<'_>, tried: &mut Vec<Tried>) -> Self {
         let keys = Keys {
             upstream: t.read("upstream", above.upstream.clone(), |v| upstream(v, around)),
-            files: t
-                .read("files", above.files, |v| v.one_of(&[("or-front", Files::OrFront), ("or-404", Files::Or404)])),
+            files: t.read("files", above.files, |v| v.one_of(&[("or-front", Files::OrFront), ("or-404", Files::Or404)])),
             try_files: t.read("try_files", above.try_files.clone(), |v| try_files(v).map(Some)),
             script: t.read("script", above.script.clone(), script),
             body_limit: t.read("body_limit", above.body_limit, |v| match v.node.kind {
@@ -136,8 +135,7 @@ pub fn read(t: &mut Reader<'_>, site: &Keys, around: &Around<'_>, tried: &mut Ve
         let keys = Keys::read(&mut route, site, around, tried);
         if let Some((path, pattern)) = path {
             let earlier = seen.entry(path.clone()).or_default();
-            let covers =
-                |old: &Vec<Method>| old.is_empty() || (!methods.is_empty() && methods.iter().all(|m| old.contains(m)));
+            let covers = |old: &Vec<Method>| old.is_empty() || (!methods.is_empty() && methods.iter().all(|m| old.contains(m)));
             if let Some((_, first)) = earlier.iter().find(|(old, _)| covers(old)) {
                 let message = format!(
                     "the route `{path}` is never reached: the one at {} takes all its requests",
@@ -166,9 +164,7 @@ fn pattern(v: &Value<'_>) -> Option<(String, Pattern)> {
             Err(error) => {
                 let help = match expression.strip_prefix('*') {
                     Some(rest) => format!("for a match in either case write '~(?i){}'", rest.trim_start()),
-                    None => {
-                        "expressions are those of Rust's regex crate: no look-around, no back-references".to_owned()
-                    }
+                    None => "expressions are those of Rust's regex crate: no look-around, no back-references".to_owned(),
                 };
                 v.refuse(format!("{text:?} is not an expression: {}", summary(&error)), help)
             }
@@ -189,10 +185,8 @@ fn pattern(v: &Value<'_>) -> Option<(String, Pattern)> {
     };
     if literal.contains('*') {
         let expression = regex::escape(path).replace("\\*", "[^/]*");
-        return v.refuse(
-            format!("{path:?} has a * before its end"),
-            format!("only a closing * is a prefix; write '~^{expression}$'"),
-        );
+        return v
+            .refuse(format!("{path:?} has a * before its end"), format!("only a closing * is a prefix; write '~^{expression}$'"));
     }
     Some((path.to_owned(), pattern))
 }
@@ -202,8 +196,7 @@ fn summary(error: &regex::Error) -> String {
     let text = error.to_string();
     let what = text.lines().last().unwrap_or_default().trim().trim_start_matches("error: ").to_owned();
     // The drawing is indented by four; an expression of several lines is drawn otherwise, without a caret of its own line.
-    let caret =
-        text.lines().find(|line| line.trim_start().starts_with('^')).and_then(|line| line.find('^')?.checked_sub(4));
+    let caret = text.lines().find(|line| line.trim_start().starts_with('^')).and_then(|line| line.find('^')?.checked_sub(4));
     match caret {
         Some(before) => format!("{what}, at its character {}", before + 1),
         None => what,
@@ -217,14 +210,9 @@ fn methods(mut t: Reader<'_>) -> Vec<Method> {
             let upper = text.to_ascii_uppercase();
             match Method::from_bytes(text.as_bytes()) {
                 // Methods are case-sensitive (RFC 9110 section 9.1): "get" would match nothing that is ever sent.
-                Ok(_) if upper != text => {
-                    v.refuse(format!("{text:?} is not in capitals"), format!("write \"{upper}\""))
-                }
+                Ok(_) if upper != text => v.refuse(format!("{text:?} is not in capitals"), format!("write \"{upper}\"")),
                 Ok(method) => Some(method),
-                Err(_) => v.refuse(
-                    format!("{text:?} is not a method"),
-                    "write \"GET\", \"POST\" or another of HTTP's methods",
-                ),
+                Err(_) => v.refuse(format!("{text:?} is not a method"), "write \"GET\", \"POST\" or another of HTTP's methods"),
             }
         })
     });
@@ -316,8 +304,7 @@ fn params(v: &Value<'_>, above: &[(String, String)]) -> Option<Vec<(String, Stri
     let mut all = above.to_vec();
     for (name, at, value) in v.entries()? {
         let first = name.bytes().next().unwrap_or_default();
-        let fine =
-            name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_') && !first.is_ascii_digit() && !name.is_empty();
+        let fine = name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_') && !first.is_ascii_digit() && !name.is_empty();
         if !fine {
             let help = "a parameter's name is of letters, digits and `_`, as in APP_ENV".to_owned();
             v.report.problem(at, format!("`{}`: {name:?} is not a parameter's name", v.path), Some(help));

@@ -25,9 +25,8 @@ const MIB: u64 = 1 << 20;
 pub fn read(top: &mut Reader<'_>, env: &dyn Fn(&str) -> Option<String>, folders: &mut Vec<Folder>) -> Settings {
     let settings = Settings {
         workers: top.read("workers", None, |v| v.count_or("auto", 1, 1024).map(as_usize)),
-        reload: top.read("reload", ReloadMode::Signal, |v| {
-            v.one_of(&[("signal", ReloadMode::Signal), ("watch", ReloadMode::Watch)])
-        }),
+        reload: top
+            .read("reload", ReloadMode::Signal, |v| v.one_of(&[("signal", ReloadMode::Signal), ("watch", ReloadMode::Watch)])),
         state: top.read("state", None, path_or_none),
         listen: listen(top.section("listen", "listen")),
         buffer: buffer(top.section("buffer", "buffer"), folders),
@@ -41,19 +40,17 @@ pub fn read(top: &mut Reader<'_>, env: &dyn Fn(&str) -> Option<String>, folders:
 
 fn listen(mut t: Reader<'_>) -> Listen {
     let mut bound: Vec<(SocketAddr, Place, &str)> = Vec::new();
-    let mut claim = |v: &Value<'_>, address: SocketAddr, key: &'static str| match bound
-        .iter()
-        .find(|(other, ..)| collide(*other, address))
-    {
-        Some((other, at, whose)) => {
-            let first = format!("`listen.{whose}` has \"{other}\" at {}", v.report.place(*at));
-            v.refuse(format!("\"{address}\" is taken already"), first)
-        }
-        None => {
-            bound.push((address, v.node.at, key));
-            Some(address)
-        }
-    };
+    let mut claim =
+        |v: &Value<'_>, address: SocketAddr, key: &'static str| match bound.iter().find(|(other, ..)| collide(*other, address)) {
+            Some((other, at, whose)) => {
+                let first = format!("`listen.{whose}` has \"{other}\" at {}", v.report.place(*at));
+                v.refuse(format!("\"{address}\" is taken already"), first)
+            }
+            None => {
+                bound.push((address, v.node.at, key));
+                Some(address)
+            }
+        };
     let http = t.read("http", vec![SocketAddr::from(([0, 0, 0, 0], 8080))], |v| {
         let list = v.list(|v| socket(v).and_then(|address| claim(v, address, "http")))?;
         if let Kind::List(items) = &v.node.kind
@@ -105,11 +102,11 @@ fn listen(mut t: Reader<'_>) -> Listen {
         max_connections: t.read("max_connections", None, |v| v.count_or("auto", 1, 100_000_000).map(as_usize)),
         max_connections_per_address: t
             .read("max_connections_per_address", None, |v| v.count_or("unlimited", 1, 100_000_000).map(as_usize)),
-        max_requests_per_connection: t
-            .read("max_requests_per_connection", None, |v| v.count_or("unlimited", 1, u64::MAX)),
+        max_requests_per_connection: t.read("max_requests_per_connection", None, |v| v.count_or("unlimited", 1, u64::MAX)),
     };
     if listen.max_uri_bytes > listen.max_header_bytes {
-        let message = "`listen.max_uri_bytes` is above `listen.max_header_bytes`, which counts the request line too and so comes first";
+        let message =
+            "`listen.max_uri_bytes` is above `listen.max_header_bytes`, which counts the request line too and so comes first";
         t.report.warn(t.place("max_uri_bytes").max(t.place("max_header_bytes")), message);
     }
     t.finish();
@@ -201,8 +198,7 @@ fn level(v: &Value<'_>) -> Option<String> {
         for directive in text.split(',') {
             let level = directive.rsplit('=').next().unwrap_or(directive).trim();
             if !LEVELS.iter().any(|known| known.eq_ignore_ascii_case(level)) {
-                let help =
-                    "write error, warn, info, debug, trace or off, or by module: \"info,slackwater::upstream=debug\"";
+                let help = "write error, warn, info, debug, trace or off, or by module: \"info,slackwater::upstream=debug\"";
                 return v.refuse(format!("{level:?} is not a level"), help);
             }
         }
@@ -219,10 +215,8 @@ fn drain(mut t: Reader<'_>, env: &dyn Fn(&str) -> Option<String>) -> Drain {
             Some(Some(grace)) if !grace.is_zero() => grace,
             _ => {
                 let value = env("GRACE").unwrap_or_default();
-                let help =
-                    "GRACE is a number of seconds above 0, as the pod's terminationGracePeriodSeconds".to_owned();
-                let message =
-                    format!("`drain.grace` is not in the file, and GRACE={value:?} of the environment is no duration");
+                let help = "GRACE is a number of seconds above 0, as the pod's terminationGracePeriodSeconds".to_owned();
+                let message = format!("`drain.grace` is not in the file, and GRACE={value:?} of the environment is no duration");
                 t.report.problem(t.at, message, Some(help));
                 Duration::from_secs(30)
             }
@@ -248,8 +242,7 @@ fn drain(mut t: Reader<'_>, env: &dyn Fn(&str) -> Option<String>) -> Drain {
         t.report.problem(at, message, Some(help));
     }
     if drain.health_fail_delay > drain.lame_duck {
-        let message =
-            "`drain.health_fail_delay` is longer than `drain.lame_duck`: health never fails while requests still come";
+        let message = "`drain.health_fail_delay` is longer than `drain.lame_duck`: health never fails while requests still come";
         t.report.warn(t.place("health_fail_delay").max(t.place("lame_duck")), message);
     }
     t.finish();

@@ -60,12 +60,7 @@ struct Hosts {
     default: Option<Place>,
 }
 
-fn read_site(
-    mut t: Reader<'_>,
-    around: &Around<'_>,
-    taken: &mut Hosts,
-    folders: &mut Vec<Folder>,
-) -> (Vec<String>, Site) {
+fn read_site(mut t: Reader<'_>, around: &Around<'_>, taken: &mut Hosts, folders: &mut Vec<Folder>) -> (Vec<String>, Site) {
     let before = t.report.count();
     let hosts = hosts(&mut t, taken);
     let name: Arc<str> = Arc::from(hosts.first().map_or("default", String::as_str));
@@ -123,8 +118,7 @@ fn hosts(t: &mut Reader<'_>, taken: &mut Hosts) -> Vec<String> {
             };
             if let Some(first) = taken.places.get(&host) {
                 let message = format!("the host \"{host}\" is taken already");
-                return v
-                    .refuse(message, format!("it stands at {}; a host belongs to one site", v.report.place(*first)));
+                return v.refuse(message, format!("it stands at {}; a host belongs to one site", v.report.place(*first)));
             }
             taken.places.insert(host.clone(), v.node.at);
             Some(host)
@@ -136,13 +130,8 @@ fn hosts(t: &mut Reader<'_>, taken: &mut Hosts) -> Vec<String> {
     if none && !wrong {
         match taken.default {
             Some(first) => {
-                let help =
-                    format!("the other is at {}; give one of them hosts = [\"example.com\"]", t.report.place(first));
-                t.report.problem(
-                    t.place("hosts"),
-                    "a second site without `hosts`: only one can be the default",
-                    Some(help),
-                );
+                let help = format!("the other is at {}; give one of them hosts = [\"example.com\"]", t.report.place(first));
+                t.report.problem(t.place("hosts"), "a second site without `hosts`: only one can be the default", Some(help));
             }
             None => taken.default = Some(t.at),
         }
@@ -174,9 +163,8 @@ fn host(v: &Value<'_>) -> Option<String> {
         _ if host.len() > 253 => "a host's name has at most 253 characters".to_owned(),
         _ => {
             let labels = host.strip_prefix("*.").unwrap_or(host);
-            let fine = |label: &str| {
-                !label.is_empty() && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
-            };
+            let fine =
+                |label: &str| !label.is_empty() && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
             if labels.split('.').all(fine) {
                 return Some(host.to_owned());
             }
@@ -198,10 +186,7 @@ fn script(v: &Value<'_>) -> Option<ScriptPattern> {
         // The classic hole: an upload folder in which a picture is run as PHP.
         v.report.warn(
             v.node.at,
-            format!(
-                "`{}`: {text:?} runs every file there as PHP, uploads too; \"{text}.php\" runs scripts only",
-                v.path
-            ),
+            format!("`{}`: {text:?} runs every file there as PHP, uploads too; \"{text}.php\" runs scripts only", v.path),
         );
     }
     Some(ScriptPattern(text.to_owned()))
@@ -209,9 +194,7 @@ fn script(v: &Value<'_>) -> Option<ScriptPattern> {
 
 fn symlinks(v: &Value<'_>) -> Option<Symlinks> {
     match &v.node.kind {
-        Kind::List(items) if items.is_empty() => {
-            v.refuse("the list is empty", "write \"within\" for links that stay in the root")
-        }
+        Kind::List(items) if items.is_empty() => v.refuse("the list is empty", "write \"within\" for links that stay in the root"),
         Kind::List(_) => {
             let folders = v.list(|v| match v.folder()? {
                 Some(folder) => Some(PathBuf::from(folder)),
@@ -221,9 +204,7 @@ fn symlinks(v: &Value<'_>) -> Option<Symlinks> {
         }
         Kind::Text(text) if text == "follow" => Some(Symlinks::Follow),
         Kind::Text(text) if text == "within" => Some(Symlinks::Within),
-        Kind::Text(text) => {
-            v.refuse(format!("{text:?} is not known"), "write \"follow\", \"within\" or a list of folders")
-        }
+        Kind::Text(text) => v.refuse(format!("{text:?} is not known"), "write \"follow\", \"within\" or a list of folders"),
         kind => v.wrong(
             format!("`{}` is {}, neither a word nor a list", v.path, kind.name()),
             "write \"follow\", \"within\" or a list of folders".to_owned(),
@@ -241,13 +222,9 @@ fn check_php(t: &Reader<'_>, site: &Site, upstreams: &Upstreams, tried: &[Tried]
         return;
     }
     for name in used {
-        let has_place = |upstream: &super::UpstreamConfig| {
-            upstream.sets.iter().all(|set| set.root.is_some() || set.php_root.is_some())
-        };
-        if site.root.is_none()
-            && !matches!(site.php_root, PhpRoot::Path(_))
-            && !upstreams.get(name).is_some_and(has_place)
-        {
+        let has_place =
+            |upstream: &super::UpstreamConfig| upstream.sets.iter().all(|set| set.root.is_some() || set.php_root.is_some());
+        if site.root.is_none() && !matches!(site.php_root, PhpRoot::Path(_)) && !upstreams.get(name).is_some_and(has_place) {
             let help = "write `root`, or `php_root` where the files are only on FPM's side".to_owned();
             let message = format!("site `{}`: nothing says where upstream `{name}` finds its scripts", site.name);
             t.report.problem(t.place("upstream"), message, Some(help));
@@ -266,20 +243,12 @@ fn check_php(t: &Reader<'_>, site: &Site, upstreams: &Upstreams, tried: &[Tried]
             }
             _ => format!("add \"{front}\" to `scripts`, or write front = \"\" for none"),
         };
-        t.report.problem(
-            at,
-            format!("`site.front` is \"{front}\"{which}, which `scripts` does not declare"),
-            Some(help),
-        );
+        t.report.problem(at, format!("`site.front` is \"{front}\"{which}, which `scripts` does not declare"), Some(help));
     }
     for Tried { at, last } in tried {
         if !may_answer(site, last) {
             let help = format!("add \"{last}\" to the site's `scripts`");
-            t.report.problem(
-                *at,
-                format!("`try_files` ends in \"{last}\", which `scripts` does not declare"),
-                Some(help),
-            );
+            t.report.problem(*at, format!("`try_files` ends in \"{last}\", which `scripts` does not declare"), Some(help));
         }
     }
 }

@@ -73,18 +73,30 @@ fn each_error_of_the_process_wide_tables_has_its_place_and_says_what_is_right() 
         ("workers = 0", "1:11: `workers`: 0 is out of range\n  help: write a number of at least 1, or \"auto\""),
         ("workers = 9999", "1:11: `workers`: 9999 is out of range\n  help: write a number from 1 to 1024"),
         ("workers = -1", "1:11: `workers`: -1 is out of range\n  help: write a number from 1 to 1024"),
-        ("workers = 99999999999999999999", "1:11: `workers`: 99999999999999999999 is out of range\n  help: write a number from 1 to 1024"),
+        (
+            "workers = 99999999999999999999",
+            "1:11: `workers`: 99999999999999999999 is out of range\n  help: write a number from 1 to 1024",
+        ),
         ("workers = \"4\"", "1:11: `workers` is a string, not a number\n  help: write 4, without quotes"),
         ("workers = \"fast\"", "1:11: `workers`: \"fast\" is not known\n  help: write a whole number, or \"auto\""),
         ("workers = 1.5", "1:11: `workers` is a number with a fraction, not a whole number"),
         ("wrokers = 4", "1:1: unknown key `wrokers` at the top of the file\n  help: did you mean `workers`?"),
-        ("idle_timeout = \"3s\"", "1:1: unknown key `idle_timeout` at the top of the file\n  help: `idle_timeout` belongs in [listen]"),
-        ("listen.workers = 4", "1:8: unknown key `workers` in `listen`\n  help: `workers` belongs at the top of the file, before the first [table]"),
+        (
+            "idle_timeout = \"3s\"",
+            "1:1: unknown key `idle_timeout` at the top of the file\n  help: `idle_timeout` belongs in [listen]",
+        ),
+        (
+            "listen.workers = 4",
+            "1:8: unknown key `workers` in `listen`\n  help: `workers` belongs at the top of the file, before the first [table]",
+        ),
         ("listen.speed = 4", "1:8: unknown key `speed` in `listen`"),
         ("reload = \"wach\"", "1:10: `reload`: \"wach\" is not known\n  help: write \"signal\" or \"watch\""),
         ("listen = 1", "1:10: `listen` is a number, not a table"),
         ("upstreem = {}", "1:1: unknown key `upstreem` at the top of the file\n  help: did you mean `upstream`?"),
-        ("include = [\"x.toml\"]", "1:12: `include`: x.toml: no such file\n  help: patterns are relative to this file; * does not cross a slash"),
+        (
+            "include = [\"x.toml\"]",
+            "1:12: `include`: x.toml: no such file\n  help: patterns are relative to this file; * does not cross a slash",
+        ),
         ("listen.http = []", "1:15: `listen.http`: without an address nothing is served\n  help: write [\"0.0.0.0:8080\"]"),
         ("listen.http = \"0.0.0.0:80\"", "1:15: `listen.http` is a string, not a list\n  help: write [\"0.0.0.0:80\"]"),
         ("listen.http = [\":80\"]", "1:16: `listen.http`: \":80\" is not an address to listen on\n  help: write \"0.0.0.0:80\""),
@@ -92,33 +104,96 @@ fn each_error_of_the_process_wide_tables_has_its_place_and_says_what_is_right() 
             "listen.http = [\"a\", \"0.0.0.0:80\", \"127.0.0.1:80\"]",
             "1:16: `listen.http`: \"a\" is not an address to listen on\n  help: write an address and a port, as in \"0.0.0.0:8080\" or \"[::]:8080\"\n1:35: `listen.http`: \"127.0.0.1:80\" is taken already\n  help: `listen.http` has \"0.0.0.0:80\" at 1:21",
         ),
-        ("listen = { http = [\"[::]:80\"], ops = \"[::]:80\" }", "1:38: `listen.ops`: \"[::]:80\" is taken already\n  help: `listen.http` has \"[::]:80\" at 1:20"),
+        (
+            "listen = { http = [\"[::]:80\"], ops = \"[::]:80\" }",
+            "1:38: `listen.ops`: \"[::]:80\" is taken already\n  help: `listen.http` has \"[::]:80\" at 1:20",
+        ),
         ("listen.ops = \"\"", "1:14: `listen.ops`: is empty\n  help: write \"off\" for none"),
-        ("listen.ops_allow = [\"ten\"]", "1:21: `listen.ops_allow`: \"ten\" is not a network\n  help: write \"10.0.0.0/8\", \"fd00::/8\" or a single address"),
+        (
+            "listen.ops_allow = [\"ten\"]",
+            "1:21: `listen.ops_allow`: \"ten\" is not a network\n  help: write \"10.0.0.0/8\", \"fd00::/8\" or a single address",
+        ),
         ("listen.admin = \"\"", "1:16: `listen.admin` is empty"),
         ("listen.admin = \"unix:/a\"", "1:16: `listen.admin`: is always a unix socket\n  help: write \"/a\""),
-        ("listen.health_path = \"healthz\"", "1:22: `listen.health_path`: \"healthz\" does not begin with a slash\n  help: write \"/healthz\""),
-        ("listen.health_path = \"/h?x\"", "1:22: `listen.health_path`: \"/h?x\" is more than a path\n  help: write the path alone, without query, fragment or line break"),
-        ("listen.idle_timeout = \"75\"", "1:23: `listen.idle_timeout`: \"75\" has no unit\n  help: write \"75s\", if seconds are meant"),
-        ("listen.idle_timeout = 75", "1:23: `listen.idle_timeout`: a duration needs a unit\n  help: write \"75s\", if seconds are meant"),
-        ("listen.idle_timeout = true", "1:23: `listen.idle_timeout` is a boolean, not a duration\n  help: write a whole number and ms, s, m, h or d, as in \"30s\""),
-        ("listen.idle_timeout = \"soon\"", "1:23: `listen.idle_timeout`: \"soon\" is not a duration\n  help: write a whole number and ms, s, m, h or d, as in \"30s\""),
-        ("listen.idle_timeout = \"0s\"", "1:23: `listen.idle_timeout`: zero is no time at all\n  help: write a duration longer than zero, as in \"30s\""),
+        (
+            "listen.health_path = \"healthz\"",
+            "1:22: `listen.health_path`: \"healthz\" does not begin with a slash\n  help: write \"/healthz\"",
+        ),
+        (
+            "listen.health_path = \"/h?x\"",
+            "1:22: `listen.health_path`: \"/h?x\" is more than a path\n  help: write the path alone, without query, fragment or line break",
+        ),
+        (
+            "listen.idle_timeout = \"75\"",
+            "1:23: `listen.idle_timeout`: \"75\" has no unit\n  help: write \"75s\", if seconds are meant",
+        ),
+        (
+            "listen.idle_timeout = 75",
+            "1:23: `listen.idle_timeout`: a duration needs a unit\n  help: write \"75s\", if seconds are meant",
+        ),
+        (
+            "listen.idle_timeout = true",
+            "1:23: `listen.idle_timeout` is a boolean, not a duration\n  help: write a whole number and ms, s, m, h or d, as in \"30s\"",
+        ),
+        (
+            "listen.idle_timeout = \"soon\"",
+            "1:23: `listen.idle_timeout`: \"soon\" is not a duration\n  help: write a whole number and ms, s, m, h or d, as in \"30s\"",
+        ),
+        (
+            "listen.idle_timeout = \"0s\"",
+            "1:23: `listen.idle_timeout`: zero is no time at all\n  help: write a duration longer than zero, as in \"30s\"",
+        ),
         ("listen.idle_timeout = \"9999d\"", "1:23: `listen.idle_timeout`: \"9999d\" is too long\n  help: the longest is \"365d\""),
-        ("listen.max_uri_bytes = 16384", "1:24: `listen.max_uri_bytes`: a size needs a unit\n  help: write \"16KiB\", if bytes are meant"),
-        ("listen.max_uri_bytes = \"16384\"", "1:24: `listen.max_uri_bytes`: \"16384\" has no unit\n  help: write \"16KiB\", if bytes are meant"),
+        (
+            "listen.max_uri_bytes = 16384",
+            "1:24: `listen.max_uri_bytes`: a size needs a unit\n  help: write \"16KiB\", if bytes are meant",
+        ),
+        (
+            "listen.max_uri_bytes = \"16384\"",
+            "1:24: `listen.max_uri_bytes`: \"16384\" has no unit\n  help: write \"16KiB\", if bytes are meant",
+        ),
         ("listen.max_uri_bytes = \"16kb\"", "1:24: `listen.max_uri_bytes`: \"16kb\" is not a size\n  help: write \"16KiB\""),
-        ("listen.max_uri_bytes = \"much\"", "1:24: `listen.max_uri_bytes`: \"much\" is not a size\n  help: write a whole number and B, KiB, MiB, GiB or TiB, as in \"8MiB\""),
-        ("listen.max_header_bytes = \"4KiB\"", "1:27: `listen.max_header_bytes`: \"4KiB\" is out of range\n  help: write a size between \"8KiB\" and \"16MiB\""),
-        ("listen.max_connections = 0", "1:26: `listen.max_connections`: 0 is out of range\n  help: write a number of at least 1, or \"auto\""),
-        ("listen.max_connections_per_address = \"unlimted\"", "1:38: `listen.max_connections_per_address`: \"unlimted\" is not known\n  help: write a whole number, or \"unlimited\""),
-        ("buffer.dir = \"tmp\"", "1:14: `buffer.dir`: \"tmp\" is not an absolute path\n  help: write the whole path, beginning with a slash"),
-        ("buffer = { memory = \"2MiB\", total = \"1MiB\" }", "1:37: `buffer.memory` of one body (2MiB) is above `buffer.total` of all (1MiB)\n  help: raise `total`, or lower `memory`"),
+        (
+            "listen.max_uri_bytes = \"much\"",
+            "1:24: `listen.max_uri_bytes`: \"much\" is not a size\n  help: write a whole number and B, KiB, MiB, GiB or TiB, as in \"8MiB\"",
+        ),
+        (
+            "listen.max_header_bytes = \"4KiB\"",
+            "1:27: `listen.max_header_bytes`: \"4KiB\" is out of range\n  help: write a size between \"8KiB\" and \"16MiB\"",
+        ),
+        (
+            "listen.max_connections = 0",
+            "1:26: `listen.max_connections`: 0 is out of range\n  help: write a number of at least 1, or \"auto\"",
+        ),
+        (
+            "listen.max_connections_per_address = \"unlimted\"",
+            "1:38: `listen.max_connections_per_address`: \"unlimted\" is not known\n  help: write a whole number, or \"unlimited\"",
+        ),
+        (
+            "buffer.dir = \"tmp\"",
+            "1:14: `buffer.dir`: \"tmp\" is not an absolute path\n  help: write the whole path, beginning with a slash",
+        ),
+        (
+            "buffer = { memory = \"2MiB\", total = \"1MiB\" }",
+            "1:37: `buffer.memory` of one body (2MiB) is above `buffer.total` of all (1MiB)\n  help: raise `total`, or lower `memory`",
+        ),
         ("log.format = \"xml\"", "1:14: `log.format`: \"xml\" is not known\n  help: write \"auto\" or \"text\" or \"json\""),
-        ("log.level = \"inof\"", "1:13: `log.level`: \"inof\" is not a level\n  help: write error, warn, info, debug, trace or off, or by module: \"info,slackwater::upstream=debug\""),
-        ("log.access = \"common\"", "1:14: `log.access`: \"common\" is not known\n  help: write \"json\" or \"combined\" or \"off\""),
-        ("log.access_file = \"log\"", "1:19: `log.access_file`: \"log\" is not known\n  help: write \"stdout\", \"stderr\" or an absolute path"),
-        ("drain.grace = \"0s\"", "1:15: `drain.grace`: zero is no time at all\n  help: write a duration longer than zero, as in \"30s\""),
+        (
+            "log.level = \"inof\"",
+            "1:13: `log.level`: \"inof\" is not a level\n  help: write error, warn, info, debug, trace or off, or by module: \"info,slackwater::upstream=debug\"",
+        ),
+        (
+            "log.access = \"common\"",
+            "1:14: `log.access`: \"common\" is not known\n  help: write \"json\" or \"combined\" or \"off\"",
+        ),
+        (
+            "log.access_file = \"log\"",
+            "1:19: `log.access_file`: \"log\" is not known\n  help: write \"stdout\", \"stderr\" or an absolute path",
+        ),
+        (
+            "drain.grace = \"0s\"",
+            "1:15: `drain.grace`: zero is no time at all\n  help: write a duration longer than zero, as in \"30s\"",
+        ),
         (
             "drain = { grace = \"11s\", lame_duck = \"10s\" }",
             "1:38: `drain.lame_duck` (10s) and `drain.margin` (2s) together are longer than `drain.grace` (11s)\n  help: raise grace with the pod's terminationGracePeriodSeconds, or shorten lame_duck",
@@ -133,31 +208,97 @@ fn each_error_of_upstreams_has_its_place_and_says_what_is_right() {
     for (line, expected) in [
         ("upstream.php.retries = \"2\"", "1:24: `upstream.php.retries` is a string, not a number\n  help: write 2, without quotes"),
         ("upstream.php.actve = \"blue\"", "1:14: unknown key `actve` in `upstream.php`\n  help: did you mean `active`?"),
-        ("upstream.php.active = \"bleu\"", "1:23: `upstream.php.active`: upstream `php` has no set \"bleu\"\n  help: did you mean \"blue\"?"),
-        ("upstream.php.active = \"green\"", "1:23: `upstream.php.active`: upstream `php` has no set \"green\"\n  help: write \"blue\""),
-        ("upstream.php.keepalive = \"on\"", "1:26: `upstream.php.keepalive`: \"on\" is not known\n  help: write \"lease\" or \"off\""),
+        (
+            "upstream.php.active = \"bleu\"",
+            "1:23: `upstream.php.active`: upstream `php` has no set \"bleu\"\n  help: did you mean \"blue\"?",
+        ),
+        (
+            "upstream.php.active = \"green\"",
+            "1:23: `upstream.php.active`: upstream `php` has no set \"green\"\n  help: write \"blue\"",
+        ),
+        (
+            "upstream.php.keepalive = \"on\"",
+            "1:26: `upstream.php.keepalive`: \"on\" is not known\n  help: write \"lease\" or \"off\"",
+        ),
         ("upstream.php.lease = \"off\"", "1:22: `upstream.php.lease` is a string, not a table"),
-        ("upstream.php.lease = { requests = 0 }", "1:35: `upstream.php.lease.requests`: 0 is out of range\n  help: write a number from 1 to 4294967295"),
+        (
+            "upstream.php.lease = { requests = 0 }",
+            "1:35: `upstream.php.lease.requests`: 0 is out of range\n  help: write a number from 1 to 4294967295",
+        ),
         ("upstream.php.lease = { agee = \"1s\" }", "1:24: unknown key `agee` in `upstream.php.lease`\n  help: did you mean `age`?"),
-        ("upstream.php.workers_per_endpoint = 0", "1:37: `upstream.php.workers_per_endpoint`: 0 is out of range\n  help: write a number of at least 1, or \"auto\""),
-        ("upstream.php.connect_timeout = \"0ms\"", "1:32: `upstream.php.connect_timeout`: zero is no time at all\n  help: write a duration longer than zero, as in \"30s\""),
-        ("upstream.php.balance = \"random\"", "1:24: `upstream.php.balance`: \"random\" is not known\n  help: write \"least-busy\", \"round-robin\", \"hash:$remote_addr\" or \"hash:$cookie_NAME\""),
-        ("upstream.php.balance = \"hash:$cookie_\"", "1:24: `upstream.php.balance`: the cookie has no name\n  help: write \"least-busy\", \"round-robin\", \"hash:$remote_addr\" or \"hash:$cookie_NAME\""),
-        ("upstream.php.queue = { max = 0 }", "1:30: `upstream.php.queue.max`: 0 is out of range\n  help: write a number of at least 1, or \"off\""),
-        ("upstream.php.queue.timeout = \"0s\"", "1:30: `upstream.php.queue.timeout`: zero is no time at all\n  help: write a duration longer than zero, as in \"30s\""),
-        ("upstream.php.set.green = {}", "1:10: upstream `php` has 2 sets, and nothing says which is active\n  help: write active = \"green\" or \"blue\""),
-        ("upstream.new = {}", "1:10: upstream `new` has no set\n  help: add [upstream.new.set.blue] with endpoints = [\"127.0.0.1:9000\"]"),
+        (
+            "upstream.php.workers_per_endpoint = 0",
+            "1:37: `upstream.php.workers_per_endpoint`: 0 is out of range\n  help: write a number of at least 1, or \"auto\"",
+        ),
+        (
+            "upstream.php.connect_timeout = \"0ms\"",
+            "1:32: `upstream.php.connect_timeout`: zero is no time at all\n  help: write a duration longer than zero, as in \"30s\"",
+        ),
+        (
+            "upstream.php.balance = \"random\"",
+            "1:24: `upstream.php.balance`: \"random\" is not known\n  help: write \"least-busy\", \"round-robin\", \"hash:$remote_addr\" or \"hash:$cookie_NAME\"",
+        ),
+        (
+            "upstream.php.balance = \"hash:$cookie_\"",
+            "1:24: `upstream.php.balance`: the cookie has no name\n  help: write \"least-busy\", \"round-robin\", \"hash:$remote_addr\" or \"hash:$cookie_NAME\"",
+        ),
+        (
+            "upstream.php.queue = { max = 0 }",
+            "1:30: `upstream.php.queue.max`: 0 is out of range\n  help: write a number of at least 1, or \"off\"",
+        ),
+        (
+            "upstream.php.queue.timeout = \"0s\"",
+            "1:30: `upstream.php.queue.timeout`: zero is no time at all\n  help: write a duration longer than zero, as in \"30s\"",
+        ),
+        (
+            "upstream.php.set.green = {}",
+            "1:10: upstream `php` has 2 sets, and nothing says which is active\n  help: write active = \"green\" or \"blue\"",
+        ),
+        (
+            "upstream.new = {}",
+            "1:10: upstream `new` has no set\n  help: add [upstream.new.set.blue] with endpoints = [\"127.0.0.1:9000\"]",
+        ),
         ("upstream.new = 1", "1:16: `upstream.new` is a number, not a table"),
-        ("upstream.\"a b\".set.x = {}", "1:10: `upstream.a b`: \"a b\" is not a name\n  help: a name is of letters, digits, `-` and `_`"),
-        ("upstream.php.set.blue.ping = \"ping\"", "1:30: `upstream.php.set.blue.ping`: \"ping\" does not begin with a slash\n  help: write \"/ping\""),
-        ("upstream.php.set.blue.ping = { every = \"1s\" }", "1:30: `upstream.php.set.blue.ping`: `path` is missing\n  help: write { path = \"/ping\" }, FPM's ping.path"),
-        ("upstream.php.set.blue.ping = 1", "1:30: `upstream.php.set.blue.ping` is a number, neither a path nor a table\n  help: write \"/ping\" or { path = \"/ping\", every = \"2s\", fall = 2, rise = 2 }"),
-        ("upstream.php.set.blue.status_listen = \"127.0.0.1:9001\"", "1:39: set `blue` of upstream `php` has status_listen, but no status_path to ask for there\n  help: add status_path = \"/status\", FPM's pm.status_path"),
-        ("upstream.php.set.blue.min_ready = -1", "1:35: `upstream.php.set.blue.min_ready`: -1 is out of range\n  help: write a number from 0 to 1000000"),
-        ("upstream.php.set.blue.php_root = \"srv\"", "1:34: `upstream.php.set.blue.php_root`: \"srv\" is not an absolute path\n  help: write the whole path, beginning with a slash"),
-        ("upstream.o.set.a.endpoints = [\"php:9000\"]", "1:31: `upstream.o.set.a.endpoints`: `php:9000` is not an address; write \"10.0.0.1:9000\", \"[::1]:9000\" or \"unix:/run/php/php-fpm.sock\""),
-        ("upstream.o.set.a.endpoints = [\"1.1.1.1:0\"]", "1:31: `upstream.o.set.a.endpoints`: \"1.1.1.1:0\" has no port\n  help: write FPM's, often 9000"),
-        ("upstream.o.set.a.endpoints = [\"[::1]:1\", \"[0::1]:1\"]", "1:42: `upstream.o.set.a.endpoints`: \"[::1]:1\" is twice in this set\n  help: it stands at 1:31 already; name an endpoint once"),
+        (
+            "upstream.\"a b\".set.x = {}",
+            "1:10: `upstream.a b`: \"a b\" is not a name\n  help: a name is of letters, digits, `-` and `_`",
+        ),
+        (
+            "upstream.php.set.blue.ping = \"ping\"",
+            "1:30: `upstream.php.set.blue.ping`: \"ping\" does not begin with a slash\n  help: write \"/ping\"",
+        ),
+        (
+            "upstream.php.set.blue.ping = { every = \"1s\" }",
+            "1:30: `upstream.php.set.blue.ping`: `path` is missing\n  help: write { path = \"/ping\" }, FPM's ping.path",
+        ),
+        (
+            "upstream.php.set.blue.ping = 1",
+            "1:30: `upstream.php.set.blue.ping` is a number, neither a path nor a table\n  help: write \"/ping\" or { path = \"/ping\", every = \"2s\", fall = 2, rise = 2 }",
+        ),
+        (
+            "upstream.php.set.blue.status_listen = \"127.0.0.1:9001\"",
+            "1:39: set `blue` of upstream `php` has status_listen, but no status_path to ask for there\n  help: add status_path = \"/status\", FPM's pm.status_path",
+        ),
+        (
+            "upstream.php.set.blue.min_ready = -1",
+            "1:35: `upstream.php.set.blue.min_ready`: -1 is out of range\n  help: write a number from 0 to 1000000",
+        ),
+        (
+            "upstream.php.set.blue.php_root = \"srv\"",
+            "1:34: `upstream.php.set.blue.php_root`: \"srv\" is not an absolute path\n  help: write the whole path, beginning with a slash",
+        ),
+        (
+            "upstream.o.set.a.endpoints = [\"php:9000\"]",
+            "1:31: `upstream.o.set.a.endpoints`: `php:9000` is not an address; write \"10.0.0.1:9000\", \"[::1]:9000\" or \"unix:/run/php/php-fpm.sock\"",
+        ),
+        (
+            "upstream.o.set.a.endpoints = [\"1.1.1.1:0\"]",
+            "1:31: `upstream.o.set.a.endpoints`: \"1.1.1.1:0\" has no port\n  help: write FPM's, often 9000",
+        ),
+        (
+            "upstream.o.set.a.endpoints = [\"[::1]:1\", \"[0::1]:1\"]",
+            "1:42: `upstream.o.set.a.endpoints`: \"[::1]:1\" is twice in this set\n  help: it stands at 1:31 already; name an endpoint once",
+        ),
     ] {
         assert_eq!(wrong(&top(line)), expected, "{line}");
     }
@@ -226,8 +367,14 @@ fn each_error_of_sites_and_routes_has_its_place_and_says_what_is_right() {
     ] {
         good(&site(&format!("try_files = {list}")));
     }
-    assert_eq!(wrong(""), "1:1: there is no site: every request would be answered 421\n  help: add [[site]] with root and upstream");
-    assert_eq!(wrong("[site]\n"), "1:2: `site` is a single table\n  help: write [[site]], in double brackets: there can be several");
+    assert_eq!(
+        wrong(""),
+        "1:1: there is no site: every request would be answered 421\n  help: add [[site]] with root and upstream"
+    );
+    assert_eq!(
+        wrong("[site]\n"),
+        "1:2: `site` is a single table\n  help: write [[site]], in double brackets: there can be several"
+    );
 }
 
 #[test]
@@ -247,7 +394,10 @@ fn keys_of_later_versions_are_told_from_unknown_ones() {
         }
     }
     assert_eq!(wrong(&top("listen.https = [\"0.0.0.0:443\"]")), "1:16: `https` is not supported by this version yet");
-    assert_eq!(wrong(&top("listen.proxy_protocol = \"required\"")), "1:25: `proxy_protocol` is not supported by this version yet\n  help: write \"off\"");
+    assert_eq!(
+        wrong(&top("listen.proxy_protocol = \"required\"")),
+        "1:25: `proxy_protocol` is not supported by this version yet\n  help: write \"off\""
+    );
     assert_eq!(
         wrong(&top("log.access = \"$remote_addr $status\"")),
         "1:14: `access` as a format string is not supported by this version yet\n  help: write \"json\", \"combined\" or \"off\""
@@ -317,7 +467,10 @@ fn grace_comes_from_the_environment_where_the_file_has_none() {
         let all = with(bad).unwrap_err();
         assert!(all[0].message.starts_with("`drain.grace` is not in the file, and GRACE="), "{bad}: {}", shown(&all));
     }
-    assert_eq!(with("11").unwrap_err()[0].message, "`drain.lame_duck` (10s) and `drain.margin` (2s) together are longer than `drain.grace` (11s)");
+    assert_eq!(
+        with("11").unwrap_err()[0].message,
+        "`drain.lame_duck` (10s) and `drain.margin` (2s) together are longer than `drain.grace` (11s)"
+    );
 }
 
 #[test]
@@ -333,7 +486,10 @@ fn includes_are_merged_and_what_is_twice_is_refused() {
     let config = read(
         &format!("listen.ops = \"off\"\nupstream.php.active = \"green\"\n{UPSTREAM}"),
         &[
-            ("a.toml", "listen.health_path = \"/h\"\nupstream.php.set.green.endpoints = [\"127.0.0.1:9001\"]\n[[site]]\nroot = \"/a\"\n"),
+            (
+                "a.toml",
+                "listen.health_path = \"/h\"\nupstream.php.set.green.endpoints = [\"127.0.0.1:9001\"]\n[[site]]\nroot = \"/a\"\n",
+            ),
             ("b.toml", "[[site]]\nhosts = [\"b\"]\nupstream = \"php\"\nroot = \"/b\"\n"),
         ],
     )
@@ -400,24 +556,44 @@ fn load_reads_what_is_on_disk() {
 
 #[test]
 fn warnings_name_their_place() {
-    let warned = |text: &str| good(text).warnings.iter().map(|w| w.replace("s.toml:", "")).filter(|w| !w.contains("(60s) is longer")).collect::<Vec<_>>();
+    let warned = |text: &str| {
+        good(text).warnings.iter().map(|w| w.replace("s.toml:", "")).filter(|w| !w.contains("(60s) is longer")).collect::<Vec<_>>()
+    };
     assert_eq!(
         good(&site("")).warnings,
-        ["s.toml:1:10: `upstream.php.read_timeout` (60s) is longer than the 18s that `drain` leaves a request (grace - lame_duck - margin): what takes longer is cut when the proxy stops"]
+        [
+            "s.toml:1:10: `upstream.php.read_timeout` (60s) is longer than the 18s that `drain` leaves a request (grace - lame_duck - margin): what takes longer is cut when the proxy stops"
+        ]
     );
     assert_eq!(good(&top("drain.grace = \"72s\"")).warnings, [""; 0]);
     assert_eq!(
         warned(&site("read_timeout = \"20s\"\n[[site.route]]\npath = \"/x\"")),
-        ["5:16: `read_timeout` (20s) is longer than the 18s that `drain` leaves a request (grace - lame_duck - margin): what takes longer is cut when the proxy stops"]
+        [
+            "5:16: `read_timeout` (20s) is longer than the 18s that `drain` leaves a request (grace - lame_duck - margin): what takes longer is cut when the proxy stops"
+        ]
     );
-    assert_eq!(warned(&top("drain.health_fail_delay = \"11s\"")), ["1:27: `drain.health_fail_delay` is longer than `drain.lame_duck`: health never fails while requests still come"]);
-    assert_eq!(warned(&top("listen.trusted_proxies = [\"10.1.2.3/8\"]")), ["1:27: `listen.trusted_proxies`: \"10.1.2.3/8\" is taken as \"10.0.0.0/8\""]);
-    assert_eq!(warned(&top("upstream.php.set.blue.min_ready = 2")), ["1:35: `upstream.php.set.blue.min_ready` is 2, and the set has 1 endpoints: a swap to it is always refused"]);
+    assert_eq!(
+        warned(&top("drain.health_fail_delay = \"11s\"")),
+        ["1:27: `drain.health_fail_delay` is longer than `drain.lame_duck`: health never fails while requests still come"]
+    );
+    assert_eq!(
+        warned(&top("listen.trusted_proxies = [\"10.1.2.3/8\"]")),
+        ["1:27: `listen.trusted_proxies`: \"10.1.2.3/8\" is taken as \"10.0.0.0/8\""]
+    );
+    assert_eq!(
+        warned(&top("upstream.php.set.blue.min_ready = 2")),
+        ["1:35: `upstream.php.set.blue.min_ready` is 2, and the set has 1 endpoints: a swap to it is always refused"]
+    );
     assert_eq!(warned(&top("upstream.o.set.a = {}")), ["1:16: set `a` of upstream `o` has no endpoints"]);
-    assert_eq!(warned(&site("scripts = [\"/index.php\", \"/up/*\"]")), ["5:26: `site.scripts`: \"/up/*\" runs every file there as PHP, uploads too; \"/up/*.php\" runs scripts only"]);
+    assert_eq!(
+        warned(&site("scripts = [\"/index.php\", \"/up/*\"]")),
+        ["5:26: `site.scripts`: \"/up/*\" runs every file there as PHP, uploads too; \"/up/*.php\" runs scripts only"]
+    );
     assert_eq!(warned(&site("[[site]]\nhosts = [\"b\"]")), ["5:1: site `b` has no `root`: no static files"]);
     assert_eq!(
-        warned(&site("[[site.route]]\npath = \"/x\"\n[[site.route]]\npath = \"/x\"\nwhen.method = [\"GET\"]\n[[site.route]]\npath = \"/x/*\"")),
+        warned(&site(
+            "[[site.route]]\npath = \"/x\"\n[[site.route]]\npath = \"/x\"\nwhen.method = [\"GET\"]\n[[site.route]]\npath = \"/x/*\""
+        )),
         ["8:8: the route `/x` is never reached: the one at 6:8 takes all its requests"]
     );
 }
@@ -433,7 +609,10 @@ fn sites_are_found_by_host_and_routes_kept_in_order() {
     let mut hosts: Vec<&String> = exact.keys().collect();
     hosts.sort();
     assert_eq!(hosts, ["[::1]", "example.com"]);
-    assert_eq!(config.sites.wildcard.iter().map(|(suffix, _)| suffix.as_str()).collect::<Vec<_>>(), [".a.example.com", ".example.com"]);
+    assert_eq!(
+        config.sites.wildcard.iter().map(|(suffix, _)| suffix.as_str()).collect::<Vec<_>>(),
+        [".a.example.com", ".example.com"]
+    );
     let first = &exact["example.com"];
     assert_eq!(&*first.name, "example.com");
     assert!(Arc::ptr_eq(first, &exact["[::1]"]));
@@ -638,7 +817,22 @@ fn every_key_changes_something_and_the_expansion_says_it_again() {
         assert_eq!(in_force(&changed), changed, "{section} {key}");
     }
     // `include` has tests of its own; https and proxy_protocol have only one value; the others are tables.
-    let others = ["include", "https", "proxy_protocol", "listen", "buffer", "log", "drain", "upstream", "lease", "queue", "set", "site", "route", "when"];
+    let others = [
+        "include",
+        "https",
+        "proxy_protocol",
+        "listen",
+        "buffer",
+        "log",
+        "drain",
+        "upstream",
+        "lease",
+        "queue",
+        "set",
+        "site",
+        "route",
+        "when",
+    ];
     for (section, keys) in KEYS {
         for key in *keys {
             let sampled = SAMPLES.iter().any(|(s, k, _)| s == section && k == key);
@@ -658,7 +852,12 @@ fn the_files_we_ship_load_and_say_the_defaults() {
         let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(name);
         let config = load(&file, &|_| None).unwrap_or_else(|all| panic!("{}", shown(&all)));
         for warning in &config.warnings {
-            assert!(warning.contains("is not a folder on this machine") || warning.contains("read_timeout") || warning.contains("memory file system"), "{warning}");
+            assert!(
+                warning.contains("is not a folder on this machine")
+                    || warning.contains("read_timeout")
+                    || warning.contains("memory file system"),
+                "{warning}"
+            );
         }
     }
     assert_eq!(in_force(&shipped("config/slackwater.toml")), in_force(&shipped("config/minimal.toml")));
@@ -669,7 +868,8 @@ fn every_key_is_in_the_shipped_file_and_in_the_documentation() {
     let (file, docs) = (shipped("config/slackwater.toml"), shipped("docs/configuration.md"));
     for (section, keys) in KEYS {
         for key in *keys {
-            let headers = [format!("[{key}]"), format!("[{key}."), format!("[[{key}]]"), format!("[[{section}.{key}]]"), format!(".{key}.")];
+            let headers =
+                [format!("[{key}]"), format!("[{key}."), format!("[[{key}]]"), format!("[[{section}.{key}]]"), format!(".{key}.")];
             let in_file = file.contains(&format!("{key} = ")) || headers.iter().any(|header| file.contains(header));
             assert!(in_file, "config/slackwater.toml does not have {section} {key}");
             let in_docs = docs.contains(&format!("`{key}`")) || headers.iter().any(|header| docs.contains(header));

@@ -68,8 +68,7 @@ mod tests {
         assert_eq!(parse_duration("1h"), Some(Duration::from_secs(3600)));
         assert_eq!(parse_size("8MiB"), Some(8 << 20));
         assert_eq!(parse_size("512B"), Some(512));
-        for wrong in ["", "s", "5", "5 s", "-5s", "1.5s", "5S", "99999999999999999999s", "18446744073709551615d", "５s"]
-        {
+        for wrong in ["", "s", "5", "5 s", "-5s", "1.5s", "5S", "99999999999999999999s", "18446744073709551615d", "５s"] {
             assert_eq!(parse_duration(wrong), None, "{wrong}");
         }
         for wrong in ["", "5", "8MB", "8M", "8 MiB", "-1B", "18446744073709551615KiB"] {

@@ -36,13 +36,7 @@ pub fn read(top: &mut Reader<'_>, drain: &Drain, folders: &mut Vec<Folder>) -> U
 #[derive(Default)]
 struct Told(HashMap<Address, (u32, String)>);
 
-fn upstream(
-    name: &str,
-    mut t: Reader<'_>,
-    drain: &Drain,
-    told: &mut Told,
-    folders: &mut Vec<Folder>,
-) -> UpstreamConfig {
+fn upstream(name: &str, mut t: Reader<'_>, drain: &Drain, told: &mut Told, folders: &mut Vec<Folder>) -> UpstreamConfig {
     let lease = lease(t.section("lease", "lease"));
     let leased = t.read("keepalive", true, |v| v.one_of(&[("lease", true), ("off", false)]));
     let policy = Policy {
@@ -58,11 +52,8 @@ fn upstream(
     };
     warn_of_cuts(&t, &format!("upstream.{name}.read_timeout"), policy.read_timeout, drain);
 
-    let sets: Vec<SetConfig> = t
-        .named("set", "set")
-        .into_iter()
-        .map(|(set, reader)| read_set(name, set, reader, &policy, told, folders))
-        .collect();
+    let sets: Vec<SetConfig> =
+        t.named("set", "set").into_iter().map(|(set, reader)| read_set(name, set, reader, &policy, told, folders)).collect();
     let names = || sets.iter().map(|set| format!("\"{}\"", set.name)).collect::<Vec<_>>().join(" or ");
     let active = t.read("active", None, |v| match v.text()? {
         "" => Some(None),
@@ -71,8 +62,7 @@ fn upstream(
             None if sets.is_empty() => Some(None),
             None => {
                 let near = nearest(text, sets.iter().map(|set| &*set.name));
-                let help =
-                    near.map_or_else(|| format!("write {}", names()), |near| format!("did you mean \"{near}\"?"));
+                let help = near.map_or_else(|| format!("write {}", names()), |near| format!("did you mean \"{near}\"?"));
                 v.refuse(format!("upstream `{name}` has no set {text:?}"), help)
             }
         },
@@ -131,9 +121,7 @@ fn balance(v: &Value<'_>) -> Option<Balance> {
         _ => match text.strip_prefix("hash:$cookie_") {
             Some("") => v.refuse("the cookie has no name", HELP),
             // RFC 6265 section 4.1.1: a cookie's name is a token, as a header's is.
-            Some(cookie) if http::HeaderName::from_bytes(cookie.as_bytes()).is_ok() => {
-                Some(Balance::HashCookie(cookie.to_owned()))
-            }
+            Some(cookie) if http::HeaderName::from_bytes(cookie.as_bytes()).is_ok() => Some(Balance::HashCookie(cookie.to_owned())),
             Some(cookie) => v.refuse(format!("{cookie:?} cannot be a cookie's name"), HELP),
             None => v.refuse(format!("{text:?} is not known"), HELP),
         },
@@ -161,8 +149,7 @@ fn read_set(
             if let Some(workers) = policy.workers_per_endpoint {
                 match told.0.get(&address) {
                     Some((other, whose)) if *other != workers => {
-                        let help =
-                            format!("`{whose}` says {other}; an address is one endpoint with one number of workers");
+                        let help = format!("`{whose}` says {other}; an address is one endpoint with one number of workers");
                         return v.refuse(format!("\"{address}\" is said to have {workers} workers here"), help);
                     }
                     _ => {
@@ -195,8 +182,7 @@ fn read_set(
     };
     if set.status_listen.is_some() && !t.has("status_path") {
         let help = "add status_path = \"/status\", FPM's pm.status_path".to_owned();
-        let message =
-            format!("set `{name}` of upstream `{upstream}` has status_listen, but no status_path to ask for there");
+        let message = format!("set `{name}` of upstream `{upstream}` has status_listen, but no status_path to ask for there");
         t.report.problem(t.place("status_listen"), message, Some(help));
     }
     if set.endpoints.is_empty() {
@@ -217,9 +203,7 @@ fn read_set(
 
 fn address(v: &Value<'_>) -> Option<Address> {
     match v.text()?.parse::<Address>() {
-        Ok(Address::Tcp(socket)) if socket.port() == 0 => {
-            v.refuse(format!("\"{socket}\" has no port"), "write FPM's, often 9000")
-        }
+        Ok(Address::Tcp(socket)) if socket.port() == 0 => v.refuse(format!("\"{socket}\" has no port"), "write FPM's, often 9000"),
         Ok(address) => Some(address),
         Err(message) => v.wrong(format!("`{}`: {message}", v.path), None),
     }

@@ -157,15 +157,24 @@ mod tests {
     #[test]
     fn tags() {
         for (tags, want) in [
-            ("\"1-64\"", Decision::NotModified), ("W/\"1-64\"", Decision::NotModified), ("*", Decision::NotModified),
-            ("\"x\", \"a,b\" ,\"1-64\"", Decision::NotModified), ("\"x\"", Decision::Whole), ("1-64", Decision::Whole),
-            ("", Decision::Whole), ("\"1-64", Decision::Whole), ("\"x\" \"", Decision::Whole),
+            ("\"1-64\"", Decision::NotModified),
+            ("W/\"1-64\"", Decision::NotModified),
+            ("*", Decision::NotModified),
+            ("\"x\", \"a,b\" ,\"1-64\"", Decision::NotModified),
+            ("\"x\"", Decision::Whole),
+            ("1-64", Decision::Whole),
+            ("", Decision::Whole),
+            ("\"1-64", Decision::Whole),
+            ("\"x\" \"", Decision::Whole),
         ] {
             assert_eq!(decide(&[(IF_NONE_MATCH, tags)]), want, "{tags}");
         }
         for (tags, want) in [
-            ("\"1-64\"", Decision::Whole), ("*", Decision::Whole), ("W/\"1-64\"", Decision::PreconditionFailed),
-            ("\"x\"", Decision::PreconditionFailed), ("\"x\",\"1-64\"", Decision::Whole),
+            ("\"1-64\"", Decision::Whole),
+            ("*", Decision::Whole),
+            ("W/\"1-64\"", Decision::PreconditionFailed),
+            ("\"x\"", Decision::PreconditionFailed),
+            ("\"x\",\"1-64\"", Decision::Whole),
         ] {
             assert_eq!(decide(&[(IF_MATCH, tags)]), want, "{tags}");
         }

@@ -29,7 +29,10 @@ pub(super) struct Opened {
 
 pub(super) enum Found {
     /// `path` names what was found, for its type.
-    File { file: Opened, path: Vec<u8> },
+    File {
+        file: Opened,
+        path: Vec<u8>,
+    },
     /// A directory, asked for without its `/`.
     Redirect,
     Script(String),

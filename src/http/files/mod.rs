@@ -81,15 +81,17 @@ impl Files {
     pub fn new(pool: Handle, limits: FileLimits) -> Files {
         let tasks = limits.tasks.clamp(1, Semaphore::MAX_PERMITS);
         let chunks = (limits.chunk_bytes / body::PERMIT_BYTES).min(Semaphore::MAX_PERMITS);
-        Files {
-            source: Source { pool, tasks: Arc::new(Semaphore::new(tasks)), chunks: Arc::new(Semaphore::new(chunks)) },
-        }
+        Files { source: Source { pool, tasks: Arc::new(Semaphore::new(tasks)), chunks: Arc::new(Semaphore::new(chunks)) } }
     }
 
     /// Looks the steps up below `root` and answers. Errors: `Forbidden` for a file we may not read, `Internal` for
     /// what the file system cannot do, as when no descriptor is left.
     pub async fn serve<'a>(
-        &self, request: FileRequest<'_>, root: &Path, symlinks: &Symlinks, lookup: Lookup<'a>,
+        &self,
+        request: FileRequest<'_>,
+        root: &Path,
+        symlinks: &Symlinks,
+        lookup: Lookup<'a>,
     ) -> Result<Served<'a>, Error> {
         let Lookup { steps, otherwise } = lookup;
         let (root, symlinks) = (root.to_owned(), symlinks.clone());
@@ -137,9 +139,7 @@ impl Wanted {
 }
 
 /// Runs in the pool.
-fn answer(
-    root: &Path, symlinks: &Symlinks, steps: &[Step], wanted: &Wanted, source: Source,
-) -> std::io::Result<Answer> {
+fn answer(root: &Path, symlinks: &Symlinks, steps: &[Step], wanted: &Wanted, source: Source) -> std::io::Result<Answer> {
     // A file that shrinks between fstat and read is looked at again, but not for ever.
     for _ in 0..3 {
         let (file, path) = match lookup::find(root, symlinks, steps)? {

@@ -90,10 +90,7 @@ pub(super) fn partial(ranges: &[(u64, u64)], size: u64, content_type: HeaderValu
     let part_type = content_type.to_str().unwrap_or("application/octet-stream");
     let mut segments = Vec::with_capacity(ranges.len() * 2 + 1);
     for range in ranges {
-        let head = format!(
-            "\r\n--{boundary}\r\nContent-Type: {part_type}\r\nContent-Range: {}\r\n\r\n",
-            content_range(*range)
-        );
+        let head = format!("\r\n--{boundary}\r\nContent-Type: {part_type}\r\nContent-Range: {}\r\n\r\n", content_range(*range));
         segments.push(Segment::Bytes(Bytes::from(head)));
         segments.push(file(*range));
     }

@@ -38,7 +38,13 @@ impl Rig {
         path
     }
 
-    fn serve(&self, method: Method, headers: &[(http::HeaderName, &str)], symlinks: &Symlinks, steps: Vec<Step>) -> Result<Served<'static>, Error> {
+    fn serve(
+        &self,
+        method: Method,
+        headers: &[(http::HeaderName, &str)],
+        symlinks: &Symlinks,
+        steps: Vec<Step>,
+    ) -> Result<Served<'static>, Error> {
         let headers: HeaderMap = headers.iter().map(|(name, value)| (name.clone(), value.parse().unwrap())).collect();
         let request = FileRequest { method: &method, headers: &headers, path: b"/dir\\x", query: Some("q=1") };
         let lookup = Lookup { steps, otherwise: Otherwise::NotFound };
@@ -130,7 +136,10 @@ fn several_ranges_are_multipart() {
         let body = rig.body(response);
         assert_eq!(body.len(), length);
         let text = String::from_utf8_lossy(&body);
-        assert_eq!(text.matches(&format!("\r\n--{boundary}\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Range: bytes ")).count(), 2);
+        assert_eq!(
+            text.matches(&format!("\r\n--{boundary}\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Range: bytes ")).count(),
+            2
+        );
         assert!(text.ends_with(&format!("\r\n--{boundary}--\r\n")));
     }
     let response = rig.get("/a.txt", &[(RANGE, "bytes=300000-")]);
@@ -141,7 +150,8 @@ fn several_ranges_are_multipart() {
 fn head_has_the_length_and_no_body_and_others_are_405() {
     let rig = Rig::new(FileLimits::default());
     rig.write("a.js", "x");
-    let Ok(Served::Response(head)) = rig.serve(Method::HEAD, &[(RANGE, "bytes=0-0")], &Symlinks::Follow, vec![file("/a.js")]) else {
+    let Ok(Served::Response(head)) = rig.serve(Method::HEAD, &[(RANGE, "bytes=0-0")], &Symlinks::Follow, vec![file("/a.js")])
+    else {
         panic!()
     };
     assert_eq!((head.status().as_u16(), header(&head, "content-length")), (200, "1"));

@@ -61,9 +61,7 @@ pub fn effective_host(parts: &Parts) -> Result<Cow<'_, str>, Error> {
     let header = host_header(&parts.headers)?;
     let authority = parts.uri.authority().map(|authority| authority.as_str());
     let host = match (authority, header) {
-        (Some(authority), Some(header))
-            if parts.version == Version::HTTP_2 && !authority.eq_ignore_ascii_case(header) =>
-        {
+        (Some(authority), Some(header)) if parts.version == Version::HTTP_2 && !authority.eq_ignore_ascii_case(header) => {
             return Err(Error::new(Kind::BadRequest, ":authority and Host differ"));
         }
         // HTTP/1.1 wants Host also beside an absolute target.
@@ -116,9 +114,8 @@ pub fn valid_host(host: &str) -> bool {
             })
     });
     // "host:" with an empty port is what RFC 3986 allows.
-    let port_is_valid = port.is_none_or(|port| {
-        port.is_empty() || port.bytes().all(|byte| byte.is_ascii_digit()) && port.parse::<u16>().is_ok()
-    });
+    let port_is_valid =
+        port.is_none_or(|port| port.is_empty() || port.bytes().all(|byte| byte.is_ascii_digit()) && port.parse::<u16>().is_ok());
     name_is_valid && port_is_valid
 }
 
@@ -178,11 +175,7 @@ mod tests {
 
     #[test]
     fn methods() {
-        for (method, want) in [
-            ("TRACE", Some(Kind::MethodNotAllowed)),
-            ("PURGE", None),
-            ("DELETE", None),
-        ] {
+        for (method, want) in [("TRACE", Some(Kind::MethodNotAllowed)), ("PURGE", None), ("DELETE", None)] {
             assert_eq!(kind(&parts(method, "/", V11, &[("host", "a")])), want, "{method}");
         }
         assert_eq!(kind(&parts("CONNECT", "a:443", V11, &[("host", "a")])), Some(Kind::MethodNotAllowed));
@@ -210,7 +203,8 @@ mod tests {
 
     #[test]
     fn hosts() {
-        for good in ["a", "example.com", "example.com.", "a_b.c:1", "127.0.0.1:80", "[::1]", "[::1]:8443", "a:", "xn--bcher-kva.de"] {
+        for good in ["a", "example.com", "example.com.", "a_b.c:1", "127.0.0.1:80", "[::1]", "[::1]:8443", "a:", "xn--bcher-kva.de"]
+        {
             assert!(valid_host(good), "{good}");
         }
         for bad in [

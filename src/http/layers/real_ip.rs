@@ -222,10 +222,7 @@ mod tests {
 
     fn ask(remote: &str, headers: &[(&str, &str)]) -> ClientInfo {
         let peer = Peer { remote: remote.parse().unwrap(), local: "10.0.0.2:8080".parse().unwrap() };
-        let map = headers
-            .iter()
-            .map(|(name, value)| (name.parse::<HeaderName>().unwrap(), value.parse().unwrap()))
-            .collect();
+        let map = headers.iter().map(|(name, value)| (name.parse::<HeaderName>().unwrap(), value.parse().unwrap())).collect();
         let trusted = ["10.0.0.0/8".parse().unwrap(), "fd00::/8".parse().unwrap()];
         client(&peer, false, &map, "site.test", &trusted)
     }
@@ -239,8 +236,11 @@ mod tests {
         let info = ask(
             "192.0.2.1:5",
             &[
-                ("x-forwarded-for", "1.1.1.1"), ("x-forwarded-proto", "https"), ("x-forwarded-host", "evil"),
-                ("x-forwarded-port", "1"), ("forwarded", "for=1.1.1.1;proto=https"),
+                ("x-forwarded-for", "1.1.1.1"),
+                ("x-forwarded-proto", "https"),
+                ("x-forwarded-host", "evil"),
+                ("x-forwarded-port", "1"),
+                ("forwarded", "for=1.1.1.1;proto=https"),
             ],
         );
         assert_eq!(info.address.to_string(), "192.0.2.1");

@@ -17,8 +17,7 @@ pub fn declared_script<'a>(site: &Site, path: &'a [u8]) -> Option<(&'a str, &'a 
 
 /// The pattern that is the whole name, `front` among them, without a star.
 pub(super) fn is_declared_exactly(site: &Site, name: &str) -> bool {
-    site.front.as_deref() == Some(name)
-        || site.scripts.iter().any(|pattern| super::is_exact(pattern) && pattern.0 == name)
+    site.front.as_deref() == Some(name) || site.scripts.iter().any(|pattern| super::is_exact(pattern) && pattern.0 == name)
 }
 
 /// How much of the path the pattern matches, up to a `/` or the end. A star never crosses a `/`, so the pattern's
@@ -93,9 +92,8 @@ mod tests {
     #[test]
     fn the_first_declared_script_splits() {
         let site = site_with(&["/index.php", "/wp-admin/*.php", "/a.php/b.php"]);
-        let split = |path: &'static str| {
-            declared_script(&site, path.as_bytes()).map(|(name, info)| (name, str::from_utf8(info).unwrap()))
-        };
+        let split =
+            |path: &'static str| declared_script(&site, path.as_bytes()).map(|(name, info)| (name, str::from_utf8(info).unwrap()));
         assert_eq!(split("/index.php"), Some(("/index.php", "")));
         assert_eq!(split("/index.php/foo"), Some(("/index.php", "/foo")));
         assert_eq!(split("/index.php/"), Some(("/index.php", "/")));
@@ -115,8 +113,15 @@ mod tests {
     #[test]
     fn globs() {
         for (pattern, segment, want) in [
-            ("*.php", "a.php", true), ("*.php", ".php", false), ("*.php", "a.phpx", false), ("a*", "a", true),
-            ("*a*b", "xaxxb", true), ("*a*b", "xaxxbx", false), ("**", "x", true), ("*", "", true), ("a*a", "a", false),
+            ("*.php", "a.php", true),
+            ("*.php", ".php", false),
+            ("*.php", "a.phpx", false),
+            ("a*", "a", true),
+            ("*a*b", "xaxxb", true),
+            ("*a*b", "xaxxbx", false),
+            ("**", "x", true),
+            ("*", "", true),
+            ("a*a", "a", false),
         ] {
             assert_eq!(glob(pattern.as_bytes(), segment.as_bytes()), want, "{pattern} {segment}");
         }
@@ -125,8 +130,26 @@ mod tests {
     #[test]
     fn spellings_of_php() {
         for path in [
-            "/x.php", "/x.PHP", "/x.pHp5", "/x.php7", "/x.phtml", "/x.PHAR", "/x.pht", "/x.phps", "/x.php.", "/x.php ", "/x.php. .",
-            "/x.php/", "/x.php/y", "/upload.jpg/x.php", "/x.php\\", "/x.php~", "/.php", "/x.jpg.php", "/x.php::", "/x.php\u{a0}",
+            "/x.php",
+            "/x.PHP",
+            "/x.pHp5",
+            "/x.php7",
+            "/x.phtml",
+            "/x.PHAR",
+            "/x.pht",
+            "/x.phps",
+            "/x.php.",
+            "/x.php ",
+            "/x.php. .",
+            "/x.php/",
+            "/x.php/y",
+            "/upload.jpg/x.php",
+            "/x.php\\",
+            "/x.php~",
+            "/.php",
+            "/x.jpg.php",
+            "/x.php::",
+            "/x.php\u{a0}",
         ] {
             assert!(looks_like_php(path.as_bytes()), "{path}");
         }

@@ -56,10 +56,20 @@ fn hosts() {
     };
     let name = |table: &SiteTable, host: &str| site(table, host).map(|site| site.name.to_string());
     for (host, want) in [
-        ("example.com", Some("exact")), ("EXAMPLE.com:8080", Some("exact")), ("example.com.", Some("exact")),
-        ("example.com.:80", Some("exact")), ("x.example.com", Some("short")), ("x.y.example.com", Some("short")),
-        ("a.example.com", Some("short")), ("x.A.example.com", Some("long")), (".example.com", None), ("[::1]:80", Some("v6")),
-        ("[::1", None), ("other", None), ("", None), ("xexample.com", None),
+        ("example.com", Some("exact")),
+        ("EXAMPLE.com:8080", Some("exact")),
+        ("example.com.", Some("exact")),
+        ("example.com.:80", Some("exact")),
+        ("x.example.com", Some("short")),
+        ("x.y.example.com", Some("short")),
+        ("a.example.com", Some("short")),
+        ("x.A.example.com", Some("long")),
+        (".example.com", None),
+        ("[::1]:80", Some("v6")),
+        ("[::1", None),
+        ("other", None),
+        ("", None),
+        ("xexample.com", None),
     ] {
         assert_eq!(name(&table, host).as_deref(), want, "{host}");
     }

@@ -25,13 +25,15 @@ fn with_everything() -> Arc<Metrics> {
             queued: 4,
             sets: vec![
                 SetGauge {
-                    name: "blue".into(), active: true, capacity: Some(8), busy: 6, parked: 1, usable: 2,
+                    name: "blue".into(),
+                    active: true,
+                    capacity: Some(8),
+                    busy: 6,
+                    parked: 1,
+                    usable: 2,
                     saturation: Some(0.75),
                 },
-                SetGauge {
-                    name: "green".into(), active: false, capacity: None, busy: 0, parked: 0, usable: 0,
-                    saturation: None,
-                },
+                SetGauge { name: "green".into(), active: false, capacity: None, busy: 0, parked: 0, usable: 0, saturation: None },
             ],
         }],
         buffer_memory_bytes: 65_536,
@@ -88,16 +90,15 @@ fn every_definition_has_a_row() {
     let text = with_everything().encode();
     for definition in METRICS {
         let name = definition.name;
-        let row = text.lines().any(|line| {
-            line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ', '_']))
-        });
+        let row = text.lines().any(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ', '_'])));
         assert!(row, "no row for {name}");
         assert_eq!(name.ends_with("_total"), definition.kind == Kind::Counter, "{name}");
         assert!(definition.help.ends_with('.') && !definition.help.contains('\n'), "{name}");
     }
-    let rows = text.lines().filter(|line| !line.starts_with('#')).all(|line| {
-        METRICS.iter().any(|definition| line.starts_with(definition.name))
-    });
+    let rows = text
+        .lines()
+        .filter(|line| !line.starts_with('#'))
+        .all(|line| METRICS.iter().any(|definition| line.starts_with(definition.name)));
     assert!(rows);
 }
 

@@ -1,0 +1,145 @@
+//! Starting, draining, cutting and reloading, as a load balancer and a client see them.
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use support::{
+    gate::Gate,
+    http,
+    ledger::{LedgerClient, Shape},
+    load_balancer::LoadBalancer,
+    process::{Slackwater, Wait},
+    real_fpm::RealFpm,
+    relay::Relay,
+    scripted_fpm::{Behaviour, ScriptedFpm},
+};
+
+fn toml(address: impl std::fmt::Display, root: &str, drain: &str) -> String {
+    format!(
+        r#"
+        workers = 2
+        [listen]
+        http = ["{{HTTP}}"]
+        ops = "{{OPS}}"
+        admin = "{{ADMIN}}"
+        health_path = "/healthz"
+        trusted_proxies = ["127.0.0.0/8"]
+        [drain]
+        {drain}
+        [upstream.php]
+        workers_per_endpoint = 4
+        read_timeout = "5s"
+        [upstream.php.set.blue]
+        endpoints = ["{address}"]
+        [[site]]
+        php_root = "{root}"
+        upstream = "php"
+        scripts = ["/*.php"]
+        "#
+    )
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_load_balancer_sees_no_failure_when_the_process_ends() {
+    let fpm = RealFpm::builder("blue").workers(4).start().await;
+    let root = fpm.docroot().display().to_string();
+    let mut proxy = Slackwater::start(&toml(fpm.tcp_address(), &root, "grace = \"20s\"\nlame_duck = \"8s\"\nquiet = \"1s\"")).await;
+    let relay = Relay::start(proxy.http()).await;
+    let balancer = LoadBalancer::builder(relay.address()).health_path("/healthz").clients(8).shapes(Shape::mix()).start();
+    balancer.ledger().wait_entries(100).await;
+    proxy.terminate();
+    balancer.wait_out(0).await;
+    let code = proxy.wait_exit(Duration::from_secs(60)).await;
+    let ledger = balancer.stop().await;
+    println!("{:?}", ledger.summary());
+    assert_eq!(code, 0);
+    let failures = ledger.failures();
+    assert!(failures.is_empty(), "{failures:?}");
+    assert!(proxy.log_text().contains(r#"\"cut\":[]"#), "no clean receipt in the log");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_left_at_the_end_of_grace_is_cut_named_and_told_by_exit_3() {
+    let gate = Gate::new();
+    let fpm = ScriptedFpm::start(Behaviour::hello("blue").holds_answer(&gate)).await;
+    let mut proxy = Slackwater::start(&toml(fpm.address(), "/app", "grace = \"4s\"\nlame_duck = \"0s\"\nmargin = \"2s\"")).await;
+    let address = proxy.http();
+    let cut =
+        tokio::spawn(async move { http::send(address, "GET", "/index.php?secret=1", &[("X-Request-ID", "the-one")], b"").await });
+    fpm.wait_begun(1).await;
+    proxy.terminate();
+    assert_eq!(proxy.wait_exit(Duration::from_secs(40)).await, 3);
+    assert!(cut.await.unwrap().is_err(), "a cut request looked answered");
+    let log = proxy.log_text();
+    assert!(log.contains("request cut") && log.contains("the-one"), "{log}");
+    assert!(!log.lines().any(|l| l.contains("receipt") && l.contains("secret")), "a query string in a receipt");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lame_duck_serves_and_says_close_and_a_second_signal_skips_it() {
+    let fpm = ScriptedFpm::start(Behaviour::hello("blue")).await;
+    let mut proxy = Slackwater::start(&toml(fpm.address(), "/app", "grace = \"60s\"\nlame_duck = \"50s\"")).await;
+    assert!(http::get(proxy.http(), "/index.php").await.unwrap().keeps_alive());
+    let started = Instant::now();
+    proxy.terminate();
+    proxy.wait_for_log("LameDuck", Duration::from_secs(5)).await;
+    let answer = http::get(proxy.http(), "/index.php").await.unwrap();
+    assert_eq!((answer.status, answer.keeps_alive()), (200, false));
+    assert_eq!(http::get(proxy.ops(), "/readyz").await.unwrap().status, 503);
+    assert_eq!(http::get(proxy.ops(), "/livez").await.unwrap().status, 200);
+    assert_eq!(http::get(proxy.http(), "/healthz").await.unwrap().status, 503);
+    proxy.terminate();
+    assert_eq!(proxy.wait_exit(Duration::from_secs(30)).await, 0);
+    println!("left after {:?}", started.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_starting_php_gets_503_with_retry_after() {
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let toml = toml(port, "/app", "").replace("[upstream.php.set.blue]", "[upstream.php.set.blue]\nping = \"/ping\"");
+    let mut proxy = Slackwater::builder(&toml).wait(Wait::Live).start().await;
+    let answer = http::get(proxy.http(), "/index.php").await.unwrap();
+    assert_eq!((answer.status, answer.header("retry-after")), (503, Some("1")));
+    let ready = http::get(proxy.ops(), "/readyz").await.unwrap();
+    assert!(ready.status == 503 && ready.text().contains("no usable endpoint"), "{}", ready.text());
+    let fpm = ScriptedFpm::builder(Behaviour::hello("blue")).at(port).start().await;
+    proxy.wait_status("/readyz", 200).await;
+    assert_eq!(http::get(proxy.http(), "/index.php").await.unwrap().status, 200);
+    drop(fpm);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn reloads_under_load_lose_nothing_and_a_bad_file_changes_nothing() {
+    let fpm = RealFpm::builder("blue").workers(4).start().await;
+    let root = fpm.docroot().display().to_string();
+    let good = toml(fpm.tcp_address(), &root, "");
+    let proxy = Slackwater::start(&good).await;
+    let client = LedgerClient::builder(proxy.http()).connections(8).shapes(Shape::mix()).start();
+    let ledger = client.ledger().clone();
+    let mut idle = http::Connection::<tokio::net::TcpStream>::open(proxy.http()).await.unwrap();
+    assert_eq!(idle.get("/hello.php").await.unwrap().status, 200);
+    for turn in 0..10 {
+        proxy.rewrite(&format!("{good}\n[site.params]\nTURN = \"{turn}\"\n"));
+        assert!(proxy.cli_ok(&["reload"]).await.contains("applied"));
+        ledger.wait_more(20).await;
+    }
+    let generation = proxy.status().await["generation"].clone();
+    for (bad, want) in [
+        ("", "refused"),
+        ("[listen", "refused"),
+        (&*format!("{good}\nbogus = 1\n"), "bogus"),
+        (&*good.replace("workers = 2", "workers = 3"), "needs a restart"),
+        (&*good.replace("{HTTP}", "{OPS}"), "refused"),
+    ] {
+        proxy.rewrite(bad);
+        let output = proxy.cli(&["reload"]).await;
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(1) && text.contains(want), "{want}: {text}");
+    }
+    assert_eq!(proxy.status().await["generation"], generation);
+    assert_eq!(idle.get("/hello.php").await.unwrap().status, 200, "the same connection, after all of it");
+    let ledger = client.stop().await;
+    println!("{:?}", ledger.summary());
+    ledger.assert_clean();
+}
