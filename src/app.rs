@@ -216,8 +216,8 @@ async fn control_plane(
     let mut signals = match Signals::install() {
         Ok(signals) => signals,
         Err(error) => {
-            tracing::error!(%error, "signals cannot be handled");
-            return false;
+            eprintln!("slackwater: signals cannot be handled: {error}");
+            std::process::exit(4);
         }
     };
     match UnixListener::from_std(admin) {

@@ -61,7 +61,7 @@ async fn a_slow_load_balancer_sees_no_failure_when_the_process_ends() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_left_at_the_end_of_grace_is_cut_named_and_told_by_exit_3() {
-    let gate = Gate::new();
+    let gate = Gate::closed();
     let fpm = ScriptedFpm::start(Behaviour::hello("blue").holds_answer(&gate)).await;
     let mut proxy = Slackwater::start(&toml(fpm.address(), "/app", "grace = \"4s\"\nlame_duck = \"0s\"\nmargin = \"2s\"")).await;
     let address = proxy.http();
@@ -80,11 +80,12 @@ async fn what_is_left_at_the_end_of_grace_is_cut_named_and_told_by_exit_3() {
 async fn lame_duck_serves_and_says_close_and_a_second_signal_skips_it() {
     let fpm = ScriptedFpm::start(Behaviour::hello("blue")).await;
     let mut proxy = Slackwater::start(&toml(fpm.address(), "/app", "grace = \"60s\"\nlame_duck = \"50s\"")).await;
-    assert!(http::get(proxy.http(), "/index.php").await.unwrap().keeps_alive());
+    let mut kept = http::Connection::<tokio::net::TcpStream>::open(proxy.http()).await.unwrap();
+    assert!(kept.get("/index.php").await.unwrap().keeps_alive());
     let started = Instant::now();
     proxy.terminate();
     proxy.wait_for_log("LameDuck", Duration::from_secs(5)).await;
-    let answer = http::get(proxy.http(), "/index.php").await.unwrap();
+    let answer = kept.get("/index.php").await.unwrap();
     assert_eq!((answer.status, answer.keeps_alive()), (200, false));
     assert_eq!(http::get(proxy.ops(), "/readyz").await.unwrap().status, 503);
     assert_eq!(http::get(proxy.ops(), "/livez").await.unwrap().status, 200);

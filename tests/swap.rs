@@ -71,7 +71,7 @@ async fn a_slow_upload_that_began_before_goes_to_the_new_set() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn swap_waits_for_what_is_in_flight_and_names_what_is_left() {
-    let gate = Gate::new();
+    let gate = Gate::closed();
     let (blue, green) = (
         ScriptedFpm::start(Behaviour::hello("blue").holds_answer(&gate)).await,
         ScriptedFpm::start(Behaviour::hello("green")).await,

@@ -180,11 +180,9 @@ fn ops(control: &Control, peer: IpAddr, request: &Request<Incoming>) -> Answer {
 
 fn ready(control: &Control) -> Answer {
     let phase = control.phase.get();
-    let told = control.told();
     match phase {
-        Phase::Running => text(StatusCode::OK, "ok\n"),
-        Phase::LameDuck if told.health_fails_at.is_some_and(|at| tokio::time::Instant::now() < at) => text(StatusCode::OK, "ok\n"),
-        Phase::Starting => text(StatusCode::SERVICE_UNAVAILABLE, format!("Starting: {}\n", told.waiting_for.join("; "))),
+        _ if control.phase.is_healthy() => text(StatusCode::OK, "ok\n"),
+        Phase::Starting => text(StatusCode::SERVICE_UNAVAILABLE, format!("Starting: {}\n", control.told().waiting_for.join("; "))),
         leaving => text(StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", leaving.name())),
     }
 }

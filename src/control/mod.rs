@@ -55,8 +55,6 @@ pub struct Told {
     pub warnings: Vec<String>,
     /// Why the process is not ready yet.
     pub waiting_for: Vec<String>,
-    /// From LameDuck on: when the health check is to fail.
-    pub health_fails_at: Option<tokio::time::Instant>,
 }
 
 impl Control {

@@ -35,6 +35,9 @@ use crate::{
     },
 };
 
+/// What a turn that the file asked for is expected to take at most; nothing is cut when it takes longer.
+const FILE_TURN_BUDGET: Duration = Duration::from_secs(60);
+
 /// Everything that may lead to another snapshot.
 pub enum Change {
     Reload {
@@ -215,7 +218,7 @@ impl Reconciler {
         self.switch = switch;
         let old = std::mem::replace(&mut self.config, config);
         drop(old);
-        self.put_in_force(next, "file");
+        self.put_in_force(next, "file", FILE_TURN_BUDGET);
         self.listeners.commit(&self.config.settings);
         self.control.told().warnings = self.config.warnings.clone();
         Ok(true)
@@ -234,7 +237,7 @@ impl Reconciler {
     }
 
     /// The swap itself; every set that is not active any more is followed until it has drained.
-    fn put_in_force(&self, next: Snapshot, by: &str) -> Vec<Turn> {
+    fn put_in_force(&self, next: Snapshot, by: &str, budget: Duration) -> Vec<Turn> {
         let previous = self.control.store.load();
         let mut left = Vec::new();
         for (name, old) in &previous.upstreams {
@@ -246,7 +249,7 @@ impl Reconciler {
         }
         drop(previous);
         self.control.store.swap(Arc::new(next));
-        left.into_iter().map(|(name, old, to)| self.follow(name, &old, to, by.to_owned(), Duration::from_secs(60))).collect()
+        left.into_iter().map(|(name, old, to)| self.follow(name, &old, to, by.to_owned(), budget)).collect()
     }
 
     /// Watches an old set drain, in a task of its own.
@@ -328,7 +331,7 @@ impl Reconciler {
             switch.save(path).map_err(|e| format!("the swap cannot be remembered in {}: {e}", path.display()))?;
         }
         self.switch = switch;
-        let mut turns = self.put_in_force(next, &order.by);
+        let mut turns = self.put_in_force(next, &order.by, order.budget);
         turns.pop().map(Swap::Turned).ok_or_else(|| "the swap changed nothing".to_owned())
     }
 
@@ -395,6 +398,9 @@ fn needs_restart(old: &Settings, new: &Settings) -> Result<(), String> {
     }
     if old.reload != new.reload {
         keys.push("reload");
+    }
+    if old.state != new.state {
+        keys.push("state");
     }
     if keys.is_empty() { Ok(()) } else { Err(format!("a change of {} needs a restart", keys.join(", "))) }
 }

@@ -55,10 +55,15 @@ where
     tracing::info!(by = first.by, phase = control.phase.get().name(), "asked to end");
 
     if !starting && !first.now && !drain.lame_duck.is_zero() {
-        control.told().health_fails_at = Some(clock + drain.health_fail_delay);
+        control.phase.set_healthy(!drain.health_fail_delay.is_zero());
         enter(&control, Phase::LameDuck).await;
+        let lame_duck = async {
+            tokio::time::sleep(drain.health_fail_delay.min(drain.lame_duck)).await;
+            control.phase.set_healthy(false);
+            tokio::time::sleep(drain.lame_duck.saturating_sub(drain.health_fail_delay)).await;
+        };
         tokio::select! {
-            () = tokio::time::sleep(drain.lame_duck) => {}
+            () = lame_duck => {}
             _ = requested.wait_for(|r| r.times > 1) => tracing::info!("a second signal: the lame-duck phase is skipped"),
         }
     }

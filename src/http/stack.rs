@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     error::{Error, Kind},
-    lifecycle::{Phase, PhaseCell},
+    lifecycle::PhaseCell,
     model::{Peer, Settings, names::X_REQUEST_ID},
     upstream::Dispatcher,
 };
@@ -130,17 +130,17 @@ async fn answer(
     let route = route::route(&site, &parts.method, &path).clone();
     record.access_log.set(route.access_log);
 
-    let target = route::target(&site, &route, &path, parts.uri.query(), site.root.is_some());
-    let script = match (target, &site.root) {
+    // The root of the request's set, where that has one of its own (DESIGN.md, section 5).
+    let root = set_root(worker, route.upstream.as_deref()).or_else(|| site.root.clone());
+    let target = route::target(&site, &route, &path, parts.uri.query(), root.is_some());
+    let script = match (target, &root) {
         (Target::Script(script), _) => script,
         (Target::Status(code), _) => return Ok(status(code, &[])),
         (Target::NotFound(why), root) => return Err(refused(worker, &site, root.as_deref(), &path, why).await),
         (Target::Lookup(_), None) => return Err(Error::new(Kind::NotFound, "no root".to_owned())),
         (Target::Lookup(lookup), Some(root)) => {
-            // The root of the request's set, where that has one of its own (DESIGN.md, section 5).
-            let root = set_root(worker, route.upstream.as_deref()).unwrap_or_else(|| root.clone());
             let request = FileRequest { method: &parts.method, headers: &parts.headers, path: &path, query: parts.uri.query() };
-            match worker.files.serve(request, &root, &site.symlinks, lookup).await? {
+            match worker.files.serve(request, root, &site.symlinks, lookup).await? {
                 Served::Response(response) => return Ok(response.map(Content::File)),
                 Served::Script(script) => script,
                 Served::Status(code) => return Ok(status(code, &[])),
@@ -170,7 +170,7 @@ async fn answer(
 /// As on the ops port, for load balancers that check the traffic port.
 fn health(worker: &Worker) -> Response<Content> {
     let phase = worker.phase.get();
-    let code = if phase == Phase::Running { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let code = if worker.phase.is_healthy() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let mut response = Response::new(Content::from(format!("{}\n", phase.name())));
     *response.status_mut() = code;
     response

@@ -1,6 +1,6 @@
 //! Starting, Running, LameDuck, Draining, Aborting, Exited (DESIGN.md, section 6).
 
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
@@ -38,22 +38,40 @@ impl Phase {
 
 /// The phase as every thread sees it. It only ever moves forward.
 #[derive(Debug)]
-pub struct PhaseCell(AtomicU8);
+pub struct PhaseCell {
+    phase: AtomicU8,
+    /// In LameDuck: health checks are still answered well (`drain.health_fail_delay`).
+    healthy: AtomicBool,
+}
 
 impl Default for PhaseCell {
     fn default() -> Self {
-        PhaseCell(AtomicU8::new(Phase::Starting as u8))
+        PhaseCell { phase: AtomicU8::new(Phase::Starting as u8), healthy: AtomicBool::new(false) }
     }
 }
 
 impl PhaseCell {
+    /// What a load balancer's health check is told, on whichever port.
+    pub fn is_healthy(&self) -> bool {
+        match self.get() {
+            Phase::Running => true,
+            Phase::LameDuck => self.healthy.load(Ordering::Relaxed),
+            _ => false,
+        }
+    }
+
+    /// Whether the health check is answered well in LameDuck.
+    pub fn set_healthy(&self, healthy: bool) {
+        self.healthy.store(healthy, Ordering::Relaxed);
+    }
+
     pub fn get(&self) -> Phase {
-        Phase::ALL.get(usize::from(self.0.load(Ordering::Acquire))).copied().unwrap_or(Phase::Exited)
+        Phase::ALL.get(usize::from(self.phase.load(Ordering::Acquire))).copied().unwrap_or(Phase::Exited)
     }
 
     /// Moves on to `next`; false where the process is already there or further.
     pub fn advance(&self, next: Phase) -> bool {
-        self.0.fetch_max(next as u8, Ordering::AcqRel) < next as u8
+        self.phase.fetch_max(next as u8, Ordering::AcqRel) < next as u8
     }
 }
 

@@ -26,6 +26,10 @@ use crate::{
 const STATUS_EVERY: Duration = Duration::from_secs(10);
 /// As long as the status question has not been answered.
 const STATUS_RETRY: Duration = Duration::from_secs(1);
+/// Right after its start FPM tells fewer processes than there will be (seen: 2 of 4 for up to 17 ms), so the first answers are asked for
+/// again soon.
+const SETTLE_ASKS: u32 = 4;
+const SETTLE_EVERY: Duration = Duration::from_millis(250);
 /// Beyond connect_timeout.
 const ANSWER_GRACE: Duration = Duration::from_secs(1);
 const MAX_ANSWER: usize = 64 * 1024;
@@ -90,9 +94,16 @@ async fn probe(target: Target, set: Arc<Set>) {
     let status = async {
         let Some(path) = &set.config.status_path else { return };
         let mut told = false;
+        let mut settling = SETTLE_ASKS;
         loop {
             let known = target.status(path, set.config.status_listen.as_ref(), set.config.ping.is_none(), &mut told).await;
-            tokio::time::sleep(if known { STATUS_EVERY } else { STATUS_RETRY }).await;
+            settling = if known { settling.saturating_sub(1) } else { SETTLE_ASKS };
+            tokio::time::sleep(match (known, settling) {
+                (false, _) => STATUS_RETRY,
+                (true, 0) => STATUS_EVERY,
+                (true, _) => SETTLE_EVERY,
+            })
+            .await;
         }
     };
     let ping = async {
