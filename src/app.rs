@@ -74,7 +74,7 @@ pub fn run(path: &Path) -> Result<u8, String> {
     let config = config::load(path, &|name| std::env::var(name).ok())
         .map_err(|problems| problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))?;
     let settings = config.settings.clone();
-    let log = crate::telemetry::tracing::init(settings.log.format, &settings.log.level)?;
+    let log = Arc::new(crate::telemetry::tracing::init(settings.log.format, &settings.log.level)?);
     for warning in &config.warnings {
         tracing::warn!("{warning}");
     }
@@ -177,7 +177,7 @@ pub fn run(path: &Path) -> Result<u8, String> {
         commands: command_sender.clone(),
         current: settings.listen.http.iter().copied().collect(),
         prepared: listeners,
-        log,
+        log: log.clone(),
         access: access.clone(),
         buffers,
     };
@@ -195,6 +195,7 @@ pub fn run(path: &Path) -> Result<u8, String> {
     ));
     let _ = std::fs::remove_file(&settings.listen.admin);
     access.flush_and_stop(FLUSH_LIMIT);
+    log.flush_and_stop(FLUSH_LIMIT);
     Ok(if cut { 3 } else { 0 })
 }
 
@@ -405,7 +406,7 @@ struct Listening {
     commands: mpsc::Sender<Command>,
     current: BTreeSet<SocketAddr>,
     prepared: Vec<std::net::TcpListener>,
-    log: Log,
+    log: Arc<Log>,
     access: AccessLog,
     buffers: Buffers,
 }

@@ -80,14 +80,11 @@ pub struct Conn {
     pub opened: Instant,
     /// When it last became idle.
     pub idle_since: Instant,
-    /// How long connect() took: an upper bound of the round trip.
-    pub rtt: Duration,
 }
 
 impl Conn {
     /// Connects within `limit`. Nothing has been sent, so every failure may be tried elsewhere.
     pub async fn connect(address: &Address, limit: Duration) -> Result<Conn, Error> {
-        let started = Instant::now();
         let connecting = async {
             match address {
                 Address::Tcp(address) => {
@@ -117,7 +114,6 @@ impl Conn {
             requests: 0,
             opened: now,
             idle_since: now,
-            rtt: now - started,
         })
     }
 
@@ -136,12 +132,6 @@ impl Conn {
             Stream::Unix(s) => socket2::SockRef::from(s).peek(&mut byte),
         };
         self.input.is_empty() && matches!(peeked, Err(e) if e.kind() == io::ErrorKind::WouldBlock)
-    }
-
-    /// Whether a request that must not run twice may use this kept connection: it has been quiet for long enough for a FIN
-    /// to have come (FPM.md: 22 of 40 posts were lost by looking right away, none after a round trip).
-    pub fn is_settled(&self, now: Instant) -> bool {
-        self.is_quiet() && now.saturating_duration_since(self.idle_since) >= Duration::from_millis(1).max(2 * self.rtt)
     }
 }
 

@@ -77,12 +77,8 @@ pub async fn forward(worker: &Rc<Worker>, php: &Php<'_>, incoming: Incoming) -> 
     let mut attempts = 0;
     let mut resent = false;
     loop {
-        let cookie;
-        let (once, key) = (!idempotent || attempts > 0, {
-            cookie = hash_key(worker, upstream, php);
-            cookie.as_bytes()
-        });
-        let want = Want { upstream, once, key, tried: &tried, since };
+        let key = hash_key(worker, upstream, php);
+        let want = Want { upstream, once: !idempotent || attempts > 0, key: key.as_bytes(), tried: &tried, since };
         let ticket = match worker.dispatcher.acquire(&want).await {
             Ok(ticket) => ticket,
             // What an attempt met says more than that there was nobody else to try.

@@ -32,7 +32,8 @@ const SETTLE_ASKS: u32 = 4;
 const SETTLE_EVERY: Duration = Duration::from_millis(250);
 /// Beyond connect_timeout.
 const ANSWER_GRACE: Duration = Duration::from_secs(1);
-const MAX_ANSWER: usize = 64 * 1024;
+/// Some 400 bytes for each process.
+const MAX_ANSWER: usize = 1024 * 1024;
 
 /// Told when a probe has changed something.
 pub type Report = Rc<dyn Fn()>;
@@ -144,10 +145,10 @@ impl Target {
     async fn status(&self, path: &str, listen: Option<&Address>, decides: bool, told: &mut bool) -> bool {
         let result = match listen {
             // A listener of its own: no worker answers, no slot is needed.
-            Some(address) => self.ask(address, path, "json").await,
+            Some(address) => self.ask(address, path, "json&full").await,
             None => {
                 let slot = self.endpoint.take_for_probe(&self.queue).await;
-                let result = self.ask(&self.endpoint.address, path, "json").await;
+                let result = self.ask(&self.endpoint.address, path, "json&full").await;
                 drop(slot);
                 result
             }
@@ -180,7 +181,7 @@ impl Target {
             loop {
                 match exchange.event().await.map_err(|e| e.to_string())? {
                     Event::Stdout(bytes) if answer.len() + bytes.len() <= MAX_ANSWER => answer.extend_from_slice(&bytes),
-                    Event::Stdout(_) => return Err("the answer is larger than 64 KiB".to_owned()),
+                    Event::Stdout(_) => return Err("the answer is larger than 1 MiB".to_owned()),
                     Event::Stderr(_) => {}
                     Event::End => break,
                 }
@@ -224,12 +225,13 @@ fn encode(out: &mut BytesMut, path: &str, query: &str) -> Result<(), params::Par
     Ok(())
 }
 
-/// The number of workers that FPM's status page (`?json`) tells: with `pm = static` it is all there will ever be; otherwise it is
-/// only how many there are now (php-src#16221).
+/// The number of workers that FPM's status page (`?json&full`) lists: with `pm = static` it is all there will ever be; otherwise it is
+/// only how many there are now (php-src#16221). Counted from the list: on kept connections FPM counts a worker as active once for each
+/// request and as idle once for each connection, so its `total processes` grows without end (seen: 472 of 8).
 fn static_workers(body: &[u8]) -> Option<u32> {
     let status: serde_json::Value = serde_json::from_slice(body).ok()?;
     (status.get("process manager")?.as_str()? == "static").then_some(())?;
-    status.get("total processes")?.as_u64()?.try_into().ok().filter(|n| *n > 0)
+    u32::try_from(status.get("processes")?.as_array()?.len()).ok().filter(|n| *n > 0)
 }
 
 #[cfg(test)]
@@ -238,8 +240,9 @@ mod tests {
 
     #[test]
     fn only_a_static_pool_tells_its_capacity() {
-        assert_eq!(static_workers(br#"{"process manager":"static","total processes":8}"#), Some(8));
-        assert_eq!(static_workers(br#"{"process manager":"dynamic","total processes":8}"#), None);
+        let of = |pm: &str| format!(r#"{{"process manager":"{pm}","total processes":472,"processes":[{{}},{{}}]}}"#);
+        assert_eq!(static_workers(of("static").as_bytes()), Some(2));
+        assert_eq!(static_workers(of("dynamic").as_bytes()), None);
         assert_eq!(static_workers(b"File not found.\n"), None);
     }
 }

@@ -1,0 +1,205 @@
+//! The HTTP side: limits with a status that the client really sees, framing by the RFCs, and what PHP receives.
+
+mod support;
+
+use std::{process::Command, time::Duration};
+
+use support::{
+    http::{self, Connection},
+    process::Slackwater,
+    scripted_fpm::{Behaviour, ScriptedFpm},
+};
+use tokio::net::TcpStream;
+
+async fn start(listen: &str) -> (ScriptedFpm, Slackwater) {
+    let fpm = ScriptedFpm::start(Behaviour::hello("blue")).await;
+    let toml = format!(
+        r#"
+        workers = 1
+        [listen]
+        http = ["{{HTTP}}"]
+        ops = "{{OPS}}"
+        admin = "{{ADMIN}}"
+        {listen}
+        [upstream.php]
+        workers_per_endpoint = 4
+        [upstream.php.set.blue]
+        endpoints = ["{}"]
+        [[site]]
+        php_root = "/app"
+        upstream = "php"
+        body_limit = "1MiB"
+        "#,
+        fpm.address()
+    );
+    let proxy = Slackwater::start(&toml).await;
+    (fpm, proxy)
+}
+
+async fn raw(proxy: &Slackwater, request: impl AsRef<[u8]>) -> http::Response {
+    let mut connection = Connection::<TcpStream>::open(proxy.http()).await.unwrap();
+    // The server may answer and close before all of it is sent.
+    let _ = connection.send(request).await;
+    connection.read_response("GET").await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_too_large_is_told_and_the_client_sees_it() {
+    let (fpm, proxy) = start("").await;
+    let long = "a".repeat(20_000);
+    let endless = "a".repeat(400_000);
+    let big_header = format!("GET / HTTP/1.1\r\nHost: a\r\nX-Long: {}\r\n\r\n", "b".repeat(70_000));
+    let many = (0..3000).map(|i| format!("X-{i}: {}\r\n", "c".repeat(40))).collect::<String>();
+    let declared = format!("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3000000\r\n\r\n{}", "d".repeat(3_000_000));
+    for (request, status) in [
+        (format!("GET /{long} HTTP/1.1\r\nHost: a\r\n\r\n"), 414),
+        (format!("GET /{endless} HTTP/1.1\r\nHost: a\r\n\r\n"), 414),
+        (big_header, 431),
+        (format!("GET / HTTP/1.1\r\nHost: a\r\n{many}\r\n"), 431),
+        (declared, 413),
+    ] {
+        assert_eq!(raw(&proxy, &request).await.status, status, "{}...", &request[..40]);
+    }
+    assert!(fpm.requests().is_empty(), "none of it may reach PHP");
+    let metrics = proxy.metrics().await;
+    for cause in ["uri_too_long", "headers_too_large", "body_too_large"] {
+        assert!(metrics.contains(&format!("slackwater_errors_total{{cause=\"{cause}\"}}")), "{cause} is not counted");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn deadlines_of_their_own_for_head_idle_and_body() {
+    let (_fpm, proxy) = start("header_timeout = \"500ms\"\nidle_timeout = \"1s\"\nstall_timeout = \"700ms\"").await;
+    assert_eq!(raw(&proxy, "GET / HTTP/1.1\r\nHost: ").await.status, 408);
+    assert_eq!(raw(&proxy, "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\nabc").await.status, 408);
+    let mut idle = Connection::<TcpStream>::open(proxy.http()).await.unwrap();
+    assert_eq!(idle.get("/index.php").await.unwrap().status, 200);
+    assert_eq!(idle.wait_closed(Duration::from_secs(15)).await, Ok(true), "an idle connection ends by FIN");
+    let mut silent = Connection::<TcpStream>::open(proxy.http()).await.unwrap();
+    assert_eq!(silent.wait_closed(Duration::from_secs(15)).await, Ok(true));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn malformed_requests_get_the_status_of_the_rfc() {
+    let (fpm, proxy) = start("").await;
+    for (request, status) in [
+        ("GET / HTTP/1.1\r\n\r\n", 400),
+        ("GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
+        ("GET / HTTP/1.1\r\nHost: a b\r\n\r\n", 400),
+        ("GET / HTTP/1.1\r\nHost : a\r\n\r\n", 400),
+        ("GET / HTTP/1.1\r\nHost: a\r\nContent-Length: +5\r\n\r\nhello", 400),
+        ("GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello", 400),
+        ("GET /%00 HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+        ("GET /index.php%0a/x HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+        ("GET /../../etc/passwd HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+        ("TRACE / HTTP/1.1\r\nHost: a\r\n\r\n", 405),
+        ("GET /x.php HTTP/1.1\r\nHost: a\r\n\r\n", 404),
+        ("GET /upload.jpg/x.php HTTP/1.1\r\nHost: a\r\n\r\n", 404),
+        ("GET /.env HTTP/1.1\r\nHost: a\r\n\r\n", 404),
+        ("nonsense\r\n\r\n", 400),
+    ] {
+        assert_eq!(raw(&proxy, request).await.status, status, "{request:?}");
+    }
+    assert!(
+        fpm.requests().is_empty(),
+        "none of it may reach PHP: {:?}",
+        fpm.requests().iter().map(|r| r.uri()).collect::<Vec<_>>()
+    );
+    assert_eq!(raw(&proxy, "OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n").await.status, 204);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn php_receives_what_the_request_says_and_nothing_that_it_forges() {
+    let (fpm, proxy) = start("").await;
+    let request = "POST http://real.example:81/a/b?q=1 HTTP/1.1\r\nHost: other\r\nTransfer-Encoding: chunked\r\nProxy: http://evil\r\n\
+                   X_Forwarded_For: 9.9.9.9\r\nX-Forwarded-Proto: https\r\nAuthorization: Basic eDp5\r\nCookie: a=1\r\nCookie: b=2\r\n\r\n\
+                   3\r\nabc\r\n2\r\nde\r\n0\r\nTrailer-A: x\r\n\r\n";
+    assert_eq!(raw(&proxy, request).await.status, 200);
+    let received = &fpm.requests()[0];
+    let param = |name: &str| received.param(name);
+    assert_eq!(&received.body[..], b"abcde");
+    for (name, want) in [
+        ("CONTENT_LENGTH", "5"),
+        ("SCRIPT_FILENAME", "/app/index.php"),
+        ("SCRIPT_NAME", "/index.php"),
+        ("DOCUMENT_ROOT", "/app"),
+        ("REQUEST_URI", "/a/b?q=1"),
+        ("QUERY_STRING", "q=1"),
+        ("HTTP_HOST", "real.example:81"),
+        ("HTTP_AUTHORIZATION", "Basic eDp5"),
+        ("HTTP_COOKIE", "a=1; b=2"),
+        ("REDIRECT_STATUS", "200"),
+        ("REMOTE_ADDR", "127.0.0.1"),
+    ] {
+        assert_eq!(param(name).as_deref(), Some(want), "{name}");
+    }
+    for name in ["HTTP_PROXY", "HTTPS", "HTTP_TRANSFER_ENCODING", "HTTP_TRAILER_A"] {
+        assert_eq!(param(name), None, "{name}");
+    }
+    // Both lengths: the chunks count, and the connection ends (RFC 9112, section 6.3).
+    let both = "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n";
+    let answer = raw(&proxy, both).await;
+    assert_eq!((answer.status, answer.keeps_alive()), (200, false));
+    assert_eq!(&fpm.requests()[1].body[..], b"abc");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn behind_a_trusted_load_balancer_its_headers_count() {
+    let (fpm, proxy) = start("trusted_proxies = [\"127.0.0.0/8\", \"10.0.0.0/8\"]").await;
+    let headers = [
+        ("X-Forwarded-For", "1.1.1.1, 203.0.113.7, 10.1.2.3"),
+        ("X-Forwarded-Proto", "https"),
+        ("X-Forwarded-Port", "443"),
+        ("X-Request-ID", "lb-42"),
+    ];
+    let answer = http::send(proxy.http(), "GET", "/", &headers, b"").await.unwrap();
+    assert_eq!(answer.header("x-request-id"), Some("lb-42"));
+    let received = &fpm.requests()[0];
+    for (name, want) in [
+        ("REMOTE_ADDR", "203.0.113.7"),
+        ("HTTPS", "on"),
+        ("SERVER_PORT", "443"),
+        ("HTTP_X_REQUEST_ID", "lb-42"),
+        ("REQUEST_SCHEME", "https"),
+    ] {
+        assert_eq!(received.param(name).as_deref(), Some(want), "{name}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keep_alive_pipelining_head_and_continue() {
+    let (fpm, proxy) = start("").await;
+    let mut connection = Connection::<TcpStream>::open(proxy.http()).await.unwrap();
+    connection
+        .send("GET /1 HTTP/1.1\r\nHost: a\r\n\r\nHEAD /2 HTTP/1.1\r\nHost: a\r\n\r\nGET /3 HTTP/1.1\r\nHost: a\r\n\r\n")
+        .await
+        .unwrap();
+    let answers = connection.read_pipelined(&["GET", "HEAD", "GET"]).await.unwrap();
+    assert_eq!(
+        answers.iter().map(|a| (a.status, a.text())).collect::<Vec<_>>(),
+        [(200, "blue hello\n".to_owned()), (200, String::new()), (200, "blue hello\n".to_owned())]
+    );
+    connection.send("POST /4 HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n").await.unwrap();
+    connection.send("ok").await.unwrap();
+    let answer = connection.read_response("POST").await.unwrap();
+    assert_eq!((answer.status, answer.interim.len()), (200, 1), "100 Continue comes first");
+    assert_eq!(fpm.requests().len(), 4);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn http2_by_prior_knowledge() {
+    let (fpm, proxy) = start("max_header_bytes = \"16KiB\"").await;
+    let url = |path: &str| format!("http://{}{path}", proxy.http());
+    let curl =
+        |args: &[&str]| Command::new("curl").args(["-s", "--http2-prior-knowledge", "-m", "20"]).args(args).output().unwrap();
+    let answer = curl(&["-w", " %{http_code} %{http_version}", "-d", "hello", &url("/index.php")]);
+    assert_eq!(String::from_utf8_lossy(&answer.stdout), "blue hello\n 200 2");
+    assert_eq!(&fpm.requests()[0].body[..], b"hello");
+    for (path, header, status) in [
+        (format!("/{}", "a".repeat(20_000)), "X-A: b".to_owned(), "414"),
+        ("/".to_owned(), format!("X-A: {}", "b".repeat(30_000)), "431"),
+    ] {
+        let answer = curl(&["-o", "/dev/null", "-w", "%{http_code}", "-H", &header, &url(&path)]);
+        assert_eq!(String::from_utf8_lossy(&answer.stdout), status);
+    }
+}
