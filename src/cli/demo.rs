@@ -3,9 +3,9 @@
 //! [`pools`] starts PHP, this file the proxy as a child of the same executable; then either a person tries it out, or [`rehearse`]
 //! puts it under load, and [`ledger`] says whether a request was lost.
 
-mod ledger;
-mod pools;
-mod rehearse;
+pub mod ledger;
+pub mod pools;
+pub mod rehearse;
 
 use std::{
     fs::{self, DirBuilder, File, Permissions},
