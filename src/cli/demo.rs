@@ -1,11 +1,11 @@
 //! `slackwater demo`: a blue and a green PHP-FPM pool and the proxy before them, on loopback, in a folder that goes away again.
 //!
-//! [`pools`] starts PHP, this file the proxy as a child of the same executable; then either a person tries it out, or [`rehearse`]
-//! puts it under load, and [`ledger`] says whether a request was lost.
+//! `pools` starts PHP, this file the proxy as a child of the same executable; then either a person tries it out, or `rehearse`
+//! puts it under load, and `ledger` says whether a request was lost.
 
-pub mod ledger;
-pub mod pools;
-pub mod rehearse;
+mod ledger;
+mod pools;
+mod rehearse;
 
 use std::{
     fs::{self, DirBuilder, File, Permissions},
