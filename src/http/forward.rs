@@ -119,7 +119,8 @@ pub async fn forward(worker: &Rc<Worker>, php: &Php<'_>, incoming: Incoming) -> 
             return Err(error);
         }
         activation.retried.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        if !leased {
+        // One worker that died says nothing about the pod's others; a pod that takes no connection does.
+        if error.retry == Retry::Free && !leased {
             tried.push(endpoint.id);
         }
         failed = Some(error);

@@ -417,7 +417,7 @@ impl Clock {
 }
 
 /// Days since 1970 to year, month, day (Howard Hinnant, "chrono-compatible low-level date algorithms", civil_from_days).
-fn civil(days: u64) -> (u32, u32, u32) {
+pub fn civil(days: u64) -> (u32, u32, u32) {
     let days = days + 719_468;
     let era = days / 146_097;
     let of_era = days % 146_097;

@@ -1,0 +1,90 @@
+//! How FPM is reached: unix sockets, several endpoints, an operator's hand, a file that is watched.
+
+mod support;
+
+use std::{collections::BTreeSet, time::Duration};
+
+use support::{
+    http,
+    ledger::{Expect, LedgerClient, Shape},
+    process::Slackwater,
+    real_fpm::RealFpm,
+    scripted_fpm::{Behaviour, ScriptedFpm},
+};
+
+fn toml(endpoints: &[String], root: &str, upstream: &str) -> String {
+    format!(
+        r#"
+        {upstream}
+        [upstream.php.set.blue]
+        endpoints = {endpoints:?}
+        [[site]]
+        php_root = "{root}"
+        upstream = "php"
+        scripts = ["/*.php"]
+        "#
+    )
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_unix_socket_serves_and_its_workers_are_killed_and_replaced() {
+    let fpm = RealFpm::builder("blue").workers(2).unix().start().await;
+    let root = fpm.docroot().display().to_string();
+    let proxy = Slackwater::start(&toml(&[fpm.address().to_string()], &root, "[upstream.php]\nworkers_per_endpoint = 2")).await;
+    let client = LedgerClient::builder(proxy.http()).connections(4).shapes(vec![Shape::get("/hello.php", Expect::Hello)]).start();
+    for nth in 0..2 {
+        client.ledger().wait_more(100).await;
+        fpm.kill_worker(nth);
+    }
+    client.ledger().wait_more(100).await;
+    let ledger = client.stop().await;
+    println!("{}", ledger.summary());
+    // A GET that was cut before a byte of its answer is sent once more: none of these may fail.
+    ledger.assert_clean();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hash_keeps_a_cookie_on_its_endpoint_and_disable_moves_it() {
+    let pools = [
+        ScriptedFpm::start(Behaviour::hello("one")).await,
+        ScriptedFpm::start(Behaviour::hello("two")).await,
+        ScriptedFpm::start(Behaviour::hello("three")).await,
+    ];
+    let addresses: Vec<String> = pools.iter().map(|p| p.address().to_string()).collect();
+    let proxy = Slackwater::start(&toml(&addresses, "/app", "[upstream.php]\nbalance = \"hash:$cookie_user\"")).await;
+    let address = proxy.http();
+    let ask = async |user: usize| {
+        let cookie = format!("a=b; user={user}");
+        http::send(address, "GET", "/index.php", &[("Cookie", &cookie)], b"").await.unwrap().text()
+    };
+    let mut seen = BTreeSet::new();
+    for user in 0..24 {
+        let first = ask(user).await;
+        for _ in 0..3 {
+            assert_eq!(ask(user).await, first);
+        }
+        seen.insert(first);
+    }
+    assert_eq!(seen.len(), 3, "all endpoints have their share: {seen:?}");
+    proxy.cli_ok(&["endpoint", "disable", "php", &addresses[0]]).await;
+    for user in 0..24 {
+        assert_ne!(ask(user).await, "one hello\n");
+    }
+    proxy.cli_ok(&["endpoint", "enable", "php", &addresses[0]]).await;
+    let mut again = BTreeSet::new();
+    for user in 0..24 {
+        again.insert(ask(user).await);
+    }
+    assert_eq!(again, seen);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_watched_file_is_read_again_when_it_changes() {
+    let (blue, green) = (ScriptedFpm::start(Behaviour::hello("blue")).await, ScriptedFpm::start(Behaviour::hello("green")).await);
+    let with = |fpm: &ScriptedFpm| format!("reload = \"watch\"\n{}", toml(&[fpm.address().to_string()], "/app", ""));
+    let proxy = Slackwater::start(&with(&blue)).await;
+    assert_eq!(http::get(proxy.http(), "/index.php").await.unwrap().text(), "blue hello\n");
+    proxy.rewrite(&with(&green));
+    proxy.wait_for_log("\"outcome\":\"applied\"", Duration::from_secs(20)).await;
+    assert_eq!(http::get(proxy.http(), "/index.php").await.unwrap().text(), "green hello\n");
+}
