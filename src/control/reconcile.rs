@@ -186,7 +186,7 @@ impl Reconciler {
                 ("refused", reason)
             }
         };
-        let generation = self.control.store.generation();
+        let generation = self.control.store.load().generation;
         match outcome {
             "refused" => tracing::error!(by, generation, reason, "reload refused; the configuration before it goes on"),
             _ => tracing::info!(by, generation, outcome, "reload"),

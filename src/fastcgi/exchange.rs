@@ -275,11 +275,6 @@ impl Exchange {
         }
     }
 
-    /// Whether more has been read than the events so far told.
-    pub fn has_buffered(&self) -> bool {
-        !self.conn.input.is_empty()
-    }
-
     /// Whether the whole request has been handed to the kernel.
     pub fn is_sent(&self) -> bool {
         self.state != State::Sending

@@ -26,7 +26,6 @@ struct Lease<T> {
 
 /// The leases of one worker by endpoint. Bounded by the slots, which are taken before a connection is made.
 pub struct Pool<T> {
-    /// Emptied lists stay until the endpoint is forgotten: their number is the number of endpoints.
     leases: HashMap<u64, Vec<Lease<T>>>,
     /// Endpoints in the order in which a lease was parked last, so that the warmest is found first.
     recent: Vec<u64>,
@@ -81,14 +80,14 @@ impl<T> Pool<T> {
         Some((lease.conn, lease.slot))
     }
 
-    /// Takes out what is over, what FPM has closed, and what `gone` names; says when to look again.
-    pub fn sweep(&mut self, now: Instant, mut gone: impl FnMut(u64) -> bool, mut ended: impl FnMut(Conn, T)) -> Option<Instant> {
+    /// Takes out what is over and what FPM has closed; says when to look again. Endpoints without a lease are forgotten: the map is
+    /// bounded by the slots, however many endpoints reloads bring.
+    pub fn sweep(&mut self, now: Instant, mut ended: impl FnMut(Conn, T)) -> Option<Instant> {
         let mut next = None;
-        self.leases.retain(|id, list| {
-            let all = gone(*id);
+        self.leases.retain(|_, list| {
             let mut index = 0;
             while let Some(lease) = list.get(index) {
-                if all || lease.expires <= now || !lease.conn.is_quiet() {
+                if lease.expires <= now || !lease.conn.is_quiet() {
                     let lease = list.remove(index);
                     self.parked -= 1;
                     ended(lease.conn, lease.slot);
@@ -97,14 +96,10 @@ impl<T> Pool<T> {
                     index += 1;
                 }
             }
-            !(all && list.is_empty())
+            !list.is_empty()
         });
         self.recent.retain(|id| self.leases.contains_key(id));
         next
-    }
-
-    pub fn len(&self) -> usize {
-        self.parked
     }
 
     pub fn is_empty(&self) -> bool {

@@ -1,11 +1,6 @@
 //! Exchanges whose client has left. FPM goes on until it has finished, and its worker is busy as long: so is our slot.
 
-use std::{
-    cell::{Cell, RefCell},
-    collections::VecDeque,
-    rc::Rc,
-    time::Duration,
-};
+use std::{cell::RefCell, collections::VecDeque, rc::Rc, time::Duration};
 
 use tokio::sync::Notify;
 
@@ -17,7 +12,6 @@ pub const MAX_UNBOUNDED: usize = 1024;
 /// The reaper of one worker.
 #[derive(Default)]
 pub struct Reaper {
-    count: Rc<Cell<usize>>,
     /// Close signals of those that no slot bounds, oldest first.
     unbounded: Rc<RefCell<VecDeque<Rc<Notify>>>>,
 }
@@ -35,8 +29,7 @@ impl Reaper {
             }
             queue.push_back(close.clone());
         }
-        let (count, unbounded) = (self.count.clone(), self.unbounded.clone());
-        count.set(count.get() + 1);
+        let unbounded = self.unbounded.clone();
         tokio::task::spawn_local(async move {
             tokio::select! {
                 () = read_to_end(&mut exchange) => {}
@@ -45,20 +38,10 @@ impl Reaper {
             }
             drop(exchange);
             drop(held);
-            count.set(count.get() - 1);
             if !bounded {
                 unbounded.borrow_mut().retain(|other| !Rc::ptr_eq(other, &close));
             }
         });
-    }
-
-    /// Exchanges being read to their end now.
-    pub fn len(&self) -> usize {
-        self.count.get()
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
     }
 }
 

@@ -291,7 +291,7 @@ impl Dispatcher {
                 self.parked.notified().await;
             }
             let mut over = Vec::new();
-            let next = self.pool.borrow_mut().sweep(Instant::now(), |_| false, |conn, slot| over.push((conn, slot)));
+            let next = self.pool.borrow_mut().sweep(Instant::now(), |conn, slot| over.push((conn, slot)));
             for (conn, slot) in over {
                 slot.endpoint.count_parked(self.worker, false);
                 drop(conn);
@@ -300,11 +300,6 @@ impl Dispatcher {
             let earliest = Instant::now() + SWEEP_RESOLUTION;
             tokio::time::sleep_until(next.map_or(earliest, |n| n.max(earliest))).await;
         }
-    }
-
-    /// Connections kept now.
-    pub fn leases(&self) -> usize {
-        self.pool.borrow().len()
     }
 }
 

@@ -32,7 +32,6 @@ pub struct Endpoint {
     /// A probe waits for the next slot that is given back.
     probe_waits: AtomicBool,
     pub(super) probe_granted: Notify,
-    pub served: AtomicU64,
     /// Milliseconds of the last answer to a user: a ping is skipped while there are any.
     pub last_answer_ms: AtomicU64,
     /// Queues of further upstreams that name this address.
@@ -54,7 +53,6 @@ impl Endpoint {
             health: Mutex::new(Health::default()),
             probe_waits: AtomicBool::new(false),
             probe_granted: Notify::new(),
-            served: AtomicU64::new(0),
             last_answer_ms: AtomicU64::new(0),
             shared_with: Mutex::new(Vec::new()),
             is_shared: AtomicBool::new(false),
@@ -160,7 +158,6 @@ impl Endpoint {
     /// An answer to a user came.
     pub fn answered(&self, now_ms: u64) {
         self.last_answer_ms.store(now_ms, Ordering::Relaxed);
-        self.served.fetch_add(1, Ordering::Relaxed);
         if self.failures.load(Ordering::Relaxed) != 0 {
             self.update_health(now_ms, Health::succeeded);
         }

@@ -1,12 +1,6 @@
 //! The one ArcSwap: where both planes meet.
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use arc_swap::{ArcSwap, Guard};
 use tokio::sync::{mpsc, oneshot};
@@ -94,13 +88,11 @@ impl Workers {
 #[derive(Debug)]
 pub struct Store {
     current: ArcSwap<Snapshot>,
-    /// A mirror for threads that only want the number.
-    generation: AtomicU64,
 }
 
 impl Store {
     pub fn new(snapshot: Snapshot) -> Self {
-        Store { generation: AtomicU64::new(snapshot.generation), current: ArcSwap::from_pointee(snapshot) }
+        Store { current: ArcSwap::from_pointee(snapshot) }
     }
 
     /// For one synchronous step. Never held across an await: a set cannot drain while an old snapshot lives.
@@ -108,13 +100,8 @@ impl Store {
         self.current.load()
     }
 
-    pub fn generation(&self) -> u64 {
-        self.generation.load(Ordering::Relaxed)
-    }
-
     /// Puts `next` in force and wakes as many waiters of each upstream as it has free slots.
     pub fn swap(&self, next: Arc<Snapshot>) {
-        self.generation.store(next.generation, Ordering::Relaxed);
         self.current.store(next.clone());
         for upstream in next.upstreams.values() {
             upstream.wake_for_free_slots();
