@@ -72,13 +72,14 @@ pub async fn forward(worker: &Rc<Worker>, php: &Php<'_>, incoming: Incoming) -> 
 
     let idempotent = is_idempotent(&php.parts.method);
     let since = Instant::now();
-    let mut tried: Vec<u64> = Vec::new();
+    let (mut tried, mut refused): (Vec<u64>, Vec<u64>) = (Vec::new(), Vec::new());
     let mut failed: Option<Error> = None;
     let mut attempts = 0;
     let mut resent = false;
     loop {
         let key = hash_key(worker, upstream, php);
-        let want = Want { upstream, once: !idempotent || attempts > 0, key: key.as_bytes(), tried: &tried, since };
+        let want =
+            Want { upstream, once: !idempotent || attempts > 0, key: key.as_bytes(), tried: &tried, refused: &refused, since };
         let ticket = match worker.dispatcher.acquire(&want).await {
             Ok(ticket) => ticket,
             // What an attempt met says more than that there was nobody else to try.
@@ -119,9 +120,12 @@ pub async fn forward(worker: &Rc<Worker>, php: &Php<'_>, incoming: Incoming) -> 
             return Err(error);
         }
         activation.retried.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        // One worker that died says nothing about the pod's others; a pod that takes no connection does.
-        if error.retry == Retry::Free && !leased {
+        // A kept connection that had ended says nothing about the pod.
+        if !leased {
             tried.push(endpoint.id);
+        }
+        if matches!(error.kind, Kind::ConnectFailed | Kind::ConnectTimeout) {
+            refused.push(endpoint.id);
         }
         failed = Some(error);
     }

@@ -6,6 +6,7 @@
 
 use std::{
     collections::BTreeMap,
+    ops::Bound,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -33,6 +34,14 @@ struct Entry {
     worker: usize,
     granted: AtomicBool,
     wake: Notify,
+}
+
+impl Entry {
+    /// Under the queue's lock.
+    fn grant(&self) {
+        self.granted.store(true, Ordering::Relaxed);
+        self.wake.notify_one();
+    }
 }
 
 impl Queue {
@@ -64,8 +73,7 @@ impl Queue {
         if self.waiting() > 0
             && let Some(entry) = self.lock().list.values().find(|e| !e.granted.load(Ordering::Relaxed))
         {
-            entry.granted.store(true, Ordering::Relaxed);
-            entry.wake.notify_one();
+            entry.grant();
         }
     }
 
@@ -104,6 +112,15 @@ impl Waiter {
     pub fn again(&self) {
         let _inner = self.queue.lock();
         self.entry.granted.store(false, Ordering::Relaxed);
+    }
+
+    /// There is a slot that this waiter may not have (its endpoint has failed it): the next behind it may.
+    pub fn pass_on(&self) {
+        let inner = self.queue.lock();
+        let behind = inner.list.range((Bound::Excluded(self.place), Bound::Unbounded));
+        if let Some((_, entry)) = behind.into_iter().find(|(_, e)| !e.granted.load(Ordering::Relaxed)) {
+            entry.grant();
+        }
     }
 
     /// Nobody came before who is still asleep.
@@ -183,6 +200,17 @@ mod tests {
         first.again();
         queue.wake_one();
         assert!(is_woken(&first) && is_woken(&second));
+    }
+
+    #[test]
+    fn a_wake_up_passed_on_goes_to_the_next_behind_and_never_back() {
+        let queue = Arc::new(Queue::default());
+        let first = queue.join(0, 9).unwrap();
+        let second = queue.join(0, 9).unwrap();
+        second.pass_on();
+        assert!(!is_woken(&first) && !is_woken(&second));
+        first.pass_on();
+        assert!(!is_woken(&first) && is_woken(&second));
     }
 
     #[test]

@@ -45,8 +45,10 @@ pub struct Want<'a> {
     pub once: bool,
     /// For `balance = "hash:..."`.
     pub key: &'a [u8],
-    /// Endpoints that have failed this request already.
+    /// Endpoints that have failed this request already: others are tried before them.
     pub tried: &'a [u64],
+    /// Endpoints that did not take a connection for this request: not tried again.
+    pub refused: &'a [u64],
     /// When the request began to want a slot: the queue's deadline counts from here, retries included.
     pub since: Instant,
 }
@@ -116,7 +118,8 @@ impl Dispatcher {
         };
         let policy = upstream.policy.queue;
         let Some(max) = policy.max else { return Err(exhausted(if none { Kind::NoEndpoint } else { Kind::QueueFull })) };
-        if none && !want.tried.is_empty() {
+        // Nobody comes back for a request that everybody has refused.
+        if none && !want.refused.is_empty() {
             return Err(exhausted(Kind::NoEndpoint));
         }
         let waiter = upstream.queue.join(self.worker, max).map_err(|waiting| {
@@ -149,8 +152,12 @@ impl Dispatcher {
             }
             waiter.again();
             // A slot given back between the look and `again` woke nobody.
-            if let Ok(ticket) = self.dispatch(want, false) {
-                return Ok(self.settle(waiter, ticket, want.since));
+            match self.dispatch(want, false) {
+                Ok(ticket) => return Ok(self.settle(waiter, ticket, want.since)),
+                Err(NoTicket::NoEndpoint(_)) if !want.refused.is_empty() => return Err(exhausted(Kind::NoEndpoint)),
+                // A wake-up that is kept by one who cannot use it stops everybody behind.
+                Err(NoTicket::Full(upstream)) if upstream.has_free_slot() => waiter.pass_on(),
+                Err(_) => {}
             }
         }
     }
@@ -167,16 +174,19 @@ impl Dispatcher {
     fn dispatch(&self, want: &Want<'_>, newcomer: bool) -> Result<Ticket, NoTicket> {
         let snapshot = self.store.load();
         let upstream = snapshot.upstreams.get(want.upstream).ok_or(NoTicket::NoUpstream)?;
-        if newcomer && upstream.queue.waiting() > 0 {
-            return Err(NoTicket::Full(upstream.clone()));
-        }
         let set = &upstream.active;
         let now = now_ms();
-        let may_try = |e: &Endpoint| !e.is_disabled() && !want.tried.contains(&e.id);
+        let allowed = |e: &Endpoint| !e.is_disabled() && !want.refused.contains(&e.id);
+        // Those that have failed this request only where there is nobody else: one worker that died says nothing about the pod's others.
+        let fresh = !want.tried.is_empty() && set.endpoints.iter().any(|e| allowed(e) && !want.tried.contains(&e.id));
+        let may_try = |e: &Endpoint| allowed(e) && !(fresh && want.tried.contains(&e.id));
         // Ejection never empties a set: where nobody is usable everybody is tried.
         let all = !set.endpoints.iter().any(|e| may_try(e) && e.is_usable(now));
         if all && !set.endpoints.iter().any(|e| may_try(e)) {
             return Err(NoTicket::NoEndpoint(upstream.clone()));
+        }
+        if newcomer && upstream.queue.waiting() > 0 {
+            return Err(NoTicket::Full(upstream.clone()));
         }
         let usable = |e: &Endpoint| may_try(e) && (all || e.is_usable(now));
         let turn = self.turn.get();

@@ -3,9 +3,12 @@
 //! A slot is a worker of the pod. It is taken before connect() and given back by our close(), or passes on with a kept
 //! connection. `used` counts taken slots, `parked` those of them that idle in a lease; the rest is busy.
 
-use std::sync::{
-    Arc, Mutex, MutexGuard, PoisonError, Weak,
-    atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+use std::{
+    cell::Cell,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+    },
 };
 
 use tokio::sync::Notify;
@@ -29,9 +32,9 @@ pub struct Endpoint {
     unusable_until_ms: AtomicU64,
     failures: AtomicU32,
     health: Mutex<Health>,
-    /// A probe waits for the next slot that is given back.
-    probe_waits: AtomicBool,
-    pub(super) probe_granted: Notify,
+    /// Probes that wait for the next slot that is given back.
+    probes_waiting: AtomicU32,
+    probe_granted: Notify,
     /// Milliseconds of the last answer to a user: a ping is skipped while there are any.
     pub last_answer_ms: AtomicU64,
     /// Queues of further upstreams that name this address.
@@ -51,7 +54,7 @@ impl Endpoint {
             unusable_until_ms: AtomicU64::new(0),
             failures: AtomicU32::new(0),
             health: Mutex::new(Health::default()),
-            probe_waits: AtomicBool::new(false),
+            probes_waiting: AtomicU32::new(0),
             probe_granted: Notify::new(),
             last_answer_ms: AtomicU64::new(0),
             shared_with: Mutex::new(Vec::new()),
@@ -179,18 +182,28 @@ impl Endpoint {
             if let Some(slot) = self.try_take(queue) {
                 return slot;
             }
-            self.probe_waits.store(true, Ordering::SeqCst);
+            // Joined, then looked again, as a waiter of the queue does.
+            self.probes_waiting.fetch_add(1, Ordering::SeqCst);
+            let waiting = ProbeWaits { endpoint: self, queue, granted: Cell::new(false) };
             if let Some(slot) = self.try_take(queue) {
-                self.probe_waits.store(false, Ordering::SeqCst);
                 return slot;
             }
             self.probe_granted.notified().await;
+            waiting.granted.set(true);
+            if let Some(slot) = self.try_take(queue) {
+                return slot;
+            }
         }
+    }
+
+    /// One waiting probe less; false if there was none.
+    fn one_probe_less(&self) -> bool {
+        self.probes_waiting.try_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)).is_ok()
     }
 
     fn release(&self, queue: &Queue) {
         self.used.fetch_sub(1, Ordering::SeqCst);
-        if self.probe_waits.swap(false, Ordering::SeqCst) {
+        if self.one_probe_less() {
             self.probe_granted.notify_one();
             return;
         }
@@ -202,6 +215,22 @@ impl Endpoint {
                     other.wake_one();
                 }
             }
+        }
+    }
+}
+
+/// A probe that waits. However it ends (a reload may abort it), a slot that was kept for it does not stay unoffered.
+struct ProbeWaits<'a> {
+    endpoint: &'a Endpoint,
+    queue: &'a Queue,
+    granted: Cell<bool>,
+}
+
+impl Drop for ProbeWaits<'_> {
+    fn drop(&mut self) {
+        let was_waiting = !self.granted.get() && self.endpoint.one_probe_less();
+        if !was_waiting && self.endpoint.has_free_slot() {
+            self.queue.wake_one();
         }
     }
 }
@@ -247,6 +276,33 @@ mod tests {
         assert_eq!(endpoint.used(), 100);
         drop(slots);
         assert_eq!(endpoint.used(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_probe_gets_the_next_slot_and_one_that_is_aborted_passes_it_to_the_queue() {
+        let (endpoint, queue) = endpoint(Some(1));
+        let taken = endpoint.try_take(&queue).unwrap();
+        let waiter = queue.join(0, 9).unwrap();
+        let mut aborted = Box::pin(endpoint.take_for_probe(&queue));
+        let mut second = Box::pin(endpoint.take_for_probe(&queue));
+        for probe in [&mut aborted, &mut second] {
+            assert!(std::future::poll_fn(|cx| std::task::Poll::Ready(probe.as_mut().poll(cx).is_pending())).await);
+        }
+        // The first is woken, and aborted before it runs: its turn goes to the second, that one's drop to the queue.
+        drop(taken);
+        drop(aborted);
+        let slot = second.await;
+        assert_eq!(endpoint.used(), 1);
+        drop(slot);
+        tokio::time::timeout(std::time::Duration::from_secs(1), waiter.granted()).await.unwrap();
+
+        let taken = endpoint.try_take(&queue).unwrap();
+        waiter.again();
+        let mut only = Box::pin(endpoint.take_for_probe(&queue));
+        assert!(std::future::poll_fn(|cx| std::task::Poll::Ready(only.as_mut().poll(cx).is_pending())).await);
+        drop(taken);
+        drop(only);
+        tokio::time::timeout(std::time::Duration::from_secs(1), waiter.granted()).await.unwrap();
     }
 
     #[test]

@@ -126,4 +126,8 @@ impl super::snapshot::Upstream {
             .fold(0, usize::saturating_add);
         self.queue.wake(free);
     }
+
+    pub fn has_free_slot(&self) -> bool {
+        self.active.endpoints.iter().any(|e| e.has_free_slot())
+    }
 }
