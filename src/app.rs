@@ -48,6 +48,7 @@ use crate::{
     },
     lifecycle::{
         PhaseCell,
+        drain::Open,
         signal::{Signal, Signals},
     },
     model::{Peer, Settings},
@@ -101,7 +102,8 @@ pub fn run(path: &Path) -> Result<u8, String> {
     let store = Arc::new(Store::new(snapshot));
     let phase = Arc::new(PhaseCell::default());
     let metrics = Metrics::new(workers);
-    let counts = Counts::new(workers);
+    let connections = Arc::new(Open::default());
+    let counts = Counts::new(workers, connections.clone());
     let heartbeats: Arc<[AtomicU64]> = (0..workers).map(|_| AtomicU64::new(now_ms())).collect();
     let files = Files::new(buffers.pool.clone(), FileLimits::default());
 
@@ -116,10 +118,8 @@ pub fn run(path: &Path) -> Result<u8, String> {
         changes: changes_sender,
         terminate: terminate_sender,
         heartbeats: heartbeats.clone(),
-        connections: {
-            let counts = counts.clone();
-            Box::new(move || counts.total())
-        },
+        connections,
+        drained: Arc::default(),
         told: Mutex::new(Told { warnings: config.warnings.clone(), ..Told::default() }),
     });
     metrics.set_source({
@@ -313,7 +313,13 @@ async fn worker(
 ) {
     let dispatcher = Rc::new(Dispatcher::new(index, parts.store.clone(), parts.control.workers.clone()));
     let shard = parts.metrics.shard(index);
-    let sinks = Rc::new(Sinks { registry: inflight::Registry::default(), access: parts.access.writer(), metrics: shard.clone() });
+    let sinks = Rc::new(Sinks {
+        registry: inflight::Registry::default(),
+        access: parts.access.writer(),
+        metrics: shard.clone(),
+        phase: parts.phase.clone(),
+        drained: parts.control.drained.clone(),
+    });
     let worker = Worker::new(dispatcher.clone(), parts.phase.clone(), parts.buffers.clone(), parts.files.clone(), sinks.clone());
     let registry = Rc::new(registry::Registry::default());
     let shared = Rc::new(Shared {
@@ -325,7 +331,7 @@ async fn worker(
         },
         refused: {
             let sinks = sinks.clone();
-            Box::new(move |peer: &Peer, error: &Error| refused(&sinks, peer, error))
+            Box::new(move |peer: &Peer, error: &Error| sinks.refused(peer, error))
         },
     });
     tokio::task::spawn_local(dispatcher.clone().sweep());
@@ -371,14 +377,6 @@ async fn worker(
     std::future::pending::<()>().await;
 }
 
-/// Says and counts what hyper, or a deadline, refused before there was a request.
-fn refused(sinks: &Sinks, peer: &Peer, error: &Error) {
-    let status = error.kind.status().as_u16();
-    tracing::info!(peer = %peer.remote, status, cause = error.kind.cause(), detail = error.detail, "refused before it was a request");
-    sinks.metrics.error(error.kind.cause());
-    sinks.metrics.request("", status, "", "", 0.0);
-}
-
 /// What other threads ask of this worker.
 async fn do_tasks(
     mut tasks: mpsc::Receiver<Task>,
@@ -395,7 +393,7 @@ async fn do_tasks(
             Task::Cut(answer) => {
                 let _ = answer.send(sinks.registry.list(None));
                 sinks.registry.mark_cut();
-                connections.abort_all();
+                connections.abort_busy();
             }
         }
     }

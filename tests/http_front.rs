@@ -203,3 +203,154 @@ async fn http2_by_prior_knowledge() {
         assert_eq!(String::from_utf8_lossy(&answer.stdout), status);
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_and_requests_have_caps() {
+    let (_fpm, proxy) = start("max_connections_per_address = 2\nmax_requests_per_connection = 2").await;
+    let mut first = Connection::<TcpStream>::open(proxy.http()).await.unwrap();
+    let mut second = Connection::<TcpStream>::open(proxy.http()).await.unwrap();
+    assert!(first.get("/index.php").await.unwrap().keeps_alive());
+    assert!(second.get("/index.php").await.unwrap().keeps_alive());
+    let mut third = Connection::<TcpStream>::open(proxy.http()).await.unwrap();
+    assert!(third.get("/index.php").await.is_err(), "a third connection of one address was served");
+    assert!(!first.get("/index.php").await.unwrap().keeps_alive(), "the second request is the last");
+    drop(first);
+    // Its place is free once the proxy has seen it close.
+    let mut again = Connection::<TcpStream>::open(proxy.http()).await.unwrap();
+    while again.get("/index.php").await.is_err() {
+        again = Connection::<TcpStream>::open(proxy.http()).await.unwrap();
+    }
+
+    // A trusted proxy is exempt: it stands for many.
+    let (_fpm, proxy) = start("max_connections_per_address = 1\ntrusted_proxies = [\"127.0.0.0/8\"]").await;
+    let mut many = Vec::new();
+    for _ in 0..3 {
+        let mut connection = Connection::<TcpStream>::open(proxy.http()).await.unwrap();
+        assert_eq!(connection.get("/index.php").await.unwrap().status, 200);
+        many.push(connection);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn beyond_max_connections_new_ones_wait_and_are_served_when_there_is_room() {
+    let (_fpm, proxy) = start("max_connections = 2").await;
+    let mut held = Vec::new();
+    for _ in 0..2 {
+        let mut connection = Connection::<TcpStream>::open(proxy.http()).await.unwrap();
+        assert_eq!(connection.get("/index.php").await.unwrap().status, 200);
+        held.push(connection);
+    }
+    let mut waiting = Connection::<TcpStream>::open(proxy.http()).await.unwrap();
+    waiting.send("GET /index.php HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
+    proxy.wait_for_log("max_connections reached", Duration::from_secs(20)).await;
+    assert_eq!(proxy.metric(&["slackwater_connections "]).await, Some(2.0));
+    drop(held);
+    assert_eq!(waiting.read_response("GET").await.unwrap().status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_hyper_refuses_is_logged_and_counted_as_a_request_is() {
+    let (_fpm, proxy) = start("header_timeout = \"300ms\"").await;
+    for (request, status, cause) in [
+        ("nonsense\r\n\r\n", 400, "bad_request"),
+        ("GET / HTTP/1.1\r\nHost : a\r\n\r\n", 400, "bad_request"),
+        ("GET / HTTP/1.1\r\nHost: ", 408, "head_timeout"),
+    ] {
+        let before = proxy.metric(&["slackwater_errors_total", cause]).await.unwrap_or(0.0);
+        let skip = proxy.log().len();
+        assert_eq!(raw(&proxy, request).await.status, status);
+        let line = proxy.wait_for_log_after(skip, &format!("\"cause\":\"{cause}\""), Duration::from_secs(20)).await;
+        let line: serde_json::Value = serde_json::from_str(&line).unwrap();
+        assert!(line["method"].is_null() && line["id"].is_string(), "{line}");
+        assert_eq!((&line["status"], &line["remote_addr"]), (&status.into(), &"127.0.0.1".into()));
+        assert_eq!(proxy.metric(&["slackwater_errors_total", cause]).await, Some(before + 1.0));
+    }
+}
+
+/// An HTTP/2 client with so small a window for each stream.
+async fn h2(proxy: &Slackwater, window: u32) -> h2::client::SendRequest<bytes::Bytes> {
+    let stream = TcpStream::connect(proxy.http()).await.unwrap();
+    let (client, connection) = h2::client::Builder::new().initial_window_size(window).handshake(stream).await.unwrap();
+    tokio::spawn(connection);
+    client
+}
+
+fn h2_get(path: &str) -> ::http::Request<()> {
+    ::http::Request::get(format!("http://example.com{path}")).body(()).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_that_stalls_loses_its_connection_on_http1_and_its_stream_on_http2() {
+    let (fpm, proxy) = start("stall_timeout = \"700ms\"\nmin_rate = \"0B\"").await;
+    fpm.on("/big", Behaviour::big_body(32 << 20));
+    let mut reader = Connection::<TcpStream>::open(proxy.http()).await.unwrap();
+    reader.send("GET /big HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
+    proxy.wait_for_log("reads too slowly; connection closed", Duration::from_secs(20)).await;
+    let error = reader.read_response("GET").await.unwrap_err();
+    assert!(!error.to_string().contains("malformed"), "{error}");
+
+    let mut client = h2(&proxy, 1000).await;
+    let (stalled, _) = client.send_request(h2_get("/big"), true).unwrap();
+    let mut stalled = stalled.await.unwrap().into_body();
+    proxy.wait_for_log("reads too slowly; stream reset", Duration::from_secs(20)).await;
+    let end = loop {
+        match stalled.data().await.expect("the answer looked whole") {
+            Ok(_) => {}
+            Err(error) => break error,
+        }
+    };
+    assert!(end.is_reset(), "{end}");
+    // The connection goes on.
+    let (answer, _) = client.send_request(h2_get("/index.php"), true).unwrap();
+    let mut body = answer.await.unwrap().into_body();
+    assert_eq!(body.data().await.unwrap().unwrap(), "blue hello\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_http2_reader_that_goes_on_gets_every_byte() {
+    let (fpm, proxy) = start("stall_timeout = \"2s\"").await;
+    fpm.on("/big", Behaviour::big_body(3 << 20));
+    let mut client = h2(&proxy, 64 << 10).await;
+    let (answer, _) = client.send_request(h2_get("/big"), true).unwrap();
+    let mut body = answer.await.unwrap().into_body();
+    let (mut got, mut taken) = (Vec::new(), 0);
+    while let Some(data) = body.data().await {
+        let data = data.unwrap();
+        got.extend_from_slice(&data);
+        taken += data.len();
+        // Slower than the stall time-out in all, never in one piece.
+        if taken >= 32 << 10 {
+            tokio::time::sleep(Duration::from_millis(40)).await;
+            body.flow_control().release_capacity(std::mem::take(&mut taken)).unwrap();
+        }
+    }
+    support::pattern::check(&got, 3 << 20).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_http2_connection_ends_in_order_after_its_last_request_and_when_idle() {
+    let (_fpm, proxy) = start("max_requests_per_connection = 2\nidle_timeout = \"500ms\"").await;
+    let mut client = h2(&proxy, 1 << 16).await;
+    for _ in 0..2 {
+        let (answer, _) = client.send_request(h2_get("/index.php"), true).unwrap();
+        assert_eq!(answer.await.unwrap().status(), 200);
+    }
+    // GOAWAY: the client is told, nothing is cut.
+    let refused = loop {
+        match client.clone().ready().await {
+            Ok(mut ready) => match ready.send_request(h2_get("/index.php"), true) {
+                Ok((answer, _)) => match answer.await {
+                    Ok(answer) => assert_eq!(answer.status(), 200),
+                    Err(error) => break error,
+                },
+                Err(error) => break error,
+            },
+            Err(error) => break error,
+        }
+    };
+    assert!(refused.is_go_away() || refused.is_io() || refused.reason() == Some(h2::Reason::NO_ERROR), "{refused:?}");
+
+    let stream = TcpStream::connect(proxy.http()).await.unwrap();
+    let (_client, connection) = h2::client::handshake(stream).await.unwrap();
+    tokio::time::timeout(Duration::from_secs(20), connection).await.expect("an idle connection stays open").unwrap();
+}

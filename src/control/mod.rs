@@ -11,7 +11,10 @@ use std::{
 use tokio::sync::{mpsc, watch};
 
 use crate::{
-    lifecycle::{PhaseCell, drain::Receipt},
+    lifecycle::{
+        PhaseCell,
+        drain::{Open, Receipt, Tally},
+    },
     telemetry::{access_log::civil, metrics::Metrics},
     upstream::{Store, dispatch::now_ms, store::Workers},
 };
@@ -42,8 +45,10 @@ pub struct Control {
     pub terminate: watch::Sender<terminate::Requested>,
     /// Milliseconds of each worker's last sign of life.
     pub heartbeats: Arc<[AtomicU64]>,
-    /// Connections open now.
-    pub connections: Box<dyn Fn() -> usize + Send + Sync>,
+    /// Client connections.
+    pub connections: Arc<Open>,
+    /// The ends of requests from Draining on.
+    pub drained: Arc<Tally>,
     pub told: Mutex<Told>,
 }
 

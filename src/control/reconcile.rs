@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
     path::PathBuf,
-    sync::{Arc, Weak, atomic::Ordering},
+    sync::{Arc, Weak},
     time::{Duration, SystemTime},
 };
 
@@ -24,7 +24,7 @@ use super::{
 use crate::{
     lifecycle::{
         Phase,
-        drain::{CutRequest, Receipt},
+        drain::{CutRequest, Receipt, Tally},
     },
     model::{Address, Settings, Site},
     upstream::{
@@ -73,7 +73,6 @@ pub enum Swap {
 
 /// A turn under way.
 pub struct Turn {
-    pub old: Weak<Activation>,
     /// When no request is dispatched to the old set any more; the error names workers that have not answered.
     pub barrier: oneshot::Receiver<Result<(), Vec<usize>>>,
     pub receipt: oneshot::Receiver<Receipt>,
@@ -248,34 +247,29 @@ impl Reconciler {
             }
         }
         drop(previous);
+        // Before the swap: who ends between it and the barrier belongs to the turn too.
+        let tallies: Vec<_> = left.iter().map(|(_, old, _)| old.leave()).collect();
         self.control.store.swap(Arc::new(next));
-        left.into_iter().map(|(name, old, to)| self.follow(name, &old, to, by.to_owned(), budget)).collect()
+        left.into_iter()
+            .zip(tallies)
+            .map(|((name, old, to), tally)| self.follow(name, &old, tally, to, by.to_owned(), budget))
+            .collect()
     }
 
     /// Watches an old set drain, in a task of its own.
-    fn follow(&self, upstream: Arc<str>, old: &Arc<Activation>, to: Arc<str>, by: String, budget: Duration) -> Turn {
+    fn follow(&self, upstream: Arc<str>, old: &Activation, tally: Arc<Tally>, to: Arc<str>, by: String, budget: Duration) -> Turn {
         let (barrier_sender, barrier) = oneshot::channel();
         let (receipt_sender, receipt) = oneshot::channel();
-        let (serial, from, mut drained, weak) = (old.serial, old.set.clone(), old.drained(), Arc::downgrade(old));
+        let (serial, from, mut drained) = (old.serial, old.set.clone(), old.drained());
         let (control, started, clock) = (self.control.clone(), SystemTime::now(), Instant::now());
-        let counts = weak.clone();
         tokio::task::spawn_local(async move {
             let passed = control.workers.barrier().await;
             if let Err(workers) = &passed {
                 tracing::error!(?workers, upstream = &*upstream, "workers have not passed the barrier in 5 s; the swap stands");
             }
-            let in_flight = in_flight(&control, serial).await.len() as u64;
-            let retried = || counts.upgrade().map(|a| a.retried.load(Ordering::Relaxed));
-            let mut retried_at_last = retried().unwrap_or(0);
             let _ = barrier_sender.send(passed);
-            // Sampled while it lasts: with its last holder the count is gone.
-            loop {
-                tokio::select! {
-                    () = drained.wait() => break,
-                    () = tokio::time::sleep(Duration::from_millis(100)) => retried_at_last = retried().unwrap_or(retried_at_last),
-                }
-            }
-            let receipt = Receipt {
+            drained.wait().await;
+            let mut receipt = Receipt {
                 kind: "swap",
                 upstream: Some(upstream.to_string()),
                 from: Some(from.to_string()),
@@ -283,18 +277,21 @@ impl Reconciler {
                 started: rfc3339(started),
                 seconds: clock.elapsed().as_secs_f64(),
                 budget_seconds: budget.as_secs_f64(),
-                in_flight,
-                completed: in_flight,
-                retried: retried_at_last,
+                in_flight: 0,
+                completed: 0,
+                retried: 0,
+                client_left: 0,
+                failed: 0,
                 cut: Vec::new(),
                 by,
                 finished: true,
             };
+            tally.add_to(&mut receipt);
             tracing::info!(receipt = %serde_json::to_string(&receipt).unwrap_or_default(), "the old set has drained");
             control.add_receipt(receipt.clone());
             let _ = receipt_sender.send(receipt);
         });
-        Turn { old: weak, barrier, receipt, old_serial: serial }
+        Turn { barrier, receipt, old_serial: serial }
     }
 
     fn swap(&mut self, order: &SwapOrder) -> Result<Swap, String> {

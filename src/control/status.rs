@@ -44,7 +44,7 @@ pub fn status(control: &Control) -> Value {
         "phase": control.phase.get().name(),
         "generation": snapshot.generation,
         "config_hash": &*snapshot.config_hash,
-        "connections": (control.connections)(),
+        "connections": control.connections.count(),
         "last_reload": told.reload,
         "upstreams": upstreams,
         "drains": told.receipts,

@@ -21,8 +21,8 @@ use crate::{
     upstream::store::{InFlight, Task},
 };
 
-/// How often is looked whether anything is left.
-const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// Of `margin` this is left for the logs and the exit itself.
+const EXIT_RESERVE: Duration = Duration::from_millis(250);
 
 /// What has been asked for so far; each further one skips to the next phase.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -49,8 +49,7 @@ where
     };
     let settings = control.store.load().settings.clone();
     let drain = &settings.drain;
-    let (started, clock) = (SystemTime::now(), Instant::now());
-    let deadline = clock + drain.grace.saturating_sub(drain.margin);
+    let deadline = Instant::now() + drain.grace.saturating_sub(drain.margin);
     let starting = control.phase.get() == Phase::Starting;
     tracing::info!(by = first.by, phase = control.phase.get().name(), "asked to end");
 
@@ -68,6 +67,7 @@ where
         }
     }
     let asked = requested.borrow().times;
+    let (started, draining) = (SystemTime::now(), Instant::now());
     enter(&control, Phase::Draining).await;
     let mut receipt = Receipt {
         kind: "drain",
@@ -76,25 +76,26 @@ where
         to: None,
         started: rfc3339(started),
         seconds: 0.0,
-        budget_seconds: deadline.saturating_duration_since(Instant::now()).as_secs_f64(),
-        in_flight: list(&control).await.len() as u64,
+        budget_seconds: deadline.saturating_duration_since(draining).as_secs_f64(),
+        in_flight: 0,
         completed: 0,
         retried: 0,
+        client_left: 0,
+        failed: 0,
         cut: Vec::new(),
         by: first.by,
         finished: false,
     };
-    let draining = Instant::now();
     if let Some(closed) = close_listeners().await {
         let _ = closed.await;
     }
     let cut = tokio::select! {
-        () = nothing_left(&control) => Vec::new(),
-        () = tokio::time::sleep_until(deadline) => cut(&control).await,
-        _ = requested.wait_for(|r| r.times > asked) => cut(&control).await,
+        () = control.connections.none() => Vec::new(),
+        () = tokio::time::sleep_until(deadline) => cut(&control, drain.margin).await,
+        _ = requested.wait_for(|r| r.times > asked) => cut(&control, drain.margin).await,
     };
-    receipt.completed = receipt.in_flight.saturating_sub(cut.len() as u64);
-    receipt.in_flight = receipt.completed + cut.len() as u64;
+    control.drained.add_to(&mut receipt);
+    receipt.in_flight += cut.len() as u64;
     receipt.cut = cut.into_iter().map(CutRequest::from).collect();
     receipt.seconds = draining.elapsed().as_secs_f64();
     receipt.finished = true;
@@ -104,7 +105,7 @@ where
 
 async fn enter(control: &Control, phase: Phase) {
     if control.phase.advance(phase) {
-        tracing::info!(phase = phase.name(), connections = (control.connections)(), "phase");
+        tracing::info!(phase = phase.name(), connections = control.connections.count(), "phase");
         // A worker that does not answer is past listening; the deadline is for it.
         let _ = control
             .workers
@@ -116,24 +117,16 @@ async fn enter(control: &Control, phase: Phase) {
     }
 }
 
-async fn list(control: &Control) -> Vec<InFlight> {
-    control.workers.ask_all(|answer| Task::InFlight(None, answer)).await.map_or_else(|_| Vec::new(), |lists| lists.concat())
-}
-
-/// Connections are counted by the sockets themselves: the last one gone, all that was sent has been acknowledged.
-async fn nothing_left(control: &Control) {
-    while (control.connections)() > 0 {
-        tokio::time::sleep(LOOK_EVERY).await;
-    }
-}
-
-/// Ends what is left, and names it.
-async fn cut(control: &Control) -> Vec<InFlight> {
+/// Ends what is left, and names it; what has been answered gets the rest of `margin` to reach its client.
+async fn cut(control: &Control, margin: Duration) -> Vec<InFlight> {
     enter(control, Phase::Aborting).await;
     let cut = control.workers.ask_all(Task::Cut).await.map_or_else(|_| Vec::new(), |lists| lists.concat());
     for request in &cut {
         let age = request.age.as_secs_f64();
         tracing::error!(id = request.id, method = request.method, path = request.path, age_seconds = age, "request cut");
+    }
+    if tokio::time::timeout(margin.saturating_sub(EXIT_RESERVE), control.connections.none()).await.is_err() {
+        tracing::warn!(connections = control.connections.count(), "clients have not taken their answers in time");
     }
     cut
 }

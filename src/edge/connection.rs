@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use http::{HeaderValue, Request, Response, Version, header};
 use http_body::{Body, Frame, SizeHint};
 use hyper::{body::Incoming, server::conn};
@@ -22,6 +23,8 @@ use super::{
     io::{Io, Progress, Stage},
     registry::Registry,
     sniff::{self, Protocol},
+    stall::Stall,
+    streams::{self, Streams},
 };
 use crate::{
     error::{Error, Kind},
@@ -36,6 +39,8 @@ const H2_PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// hyper's floor for its read buffer.
 const MIN_BUFFER: usize = 8 * 1024;
 const MAX_HEADERS: usize = 256;
+/// An HTTP/2 answer is handed over in pieces of a frame's default size, so that taking one is progress however small the window.
+const MAX_PIECE: usize = 16 * 1024;
 const NEVER: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// Told of what was refused before it was a request.
@@ -55,8 +60,7 @@ pub async fn serve<S, B>(context: Rc<Shared>, stream: TcpStream, peer: Peer, ser
 where
     S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Clone + 'static,
     S::Future: 'static,
-    B: Body + 'static,
-    B::Data: 'static,
+    B: Body<Data = Bytes> + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     let settings = (context.settings)();
@@ -76,10 +80,19 @@ where
         Err(end) => return finish(&context, &peer, &progress, end, io).await,
     };
 
+    let streams = {
+        let limits = streams::Limits { stall: settings.listen.stall_timeout, min_rate: settings.listen.min_rate };
+        Streams::new(limits, move || tracing::info!(peer = %peer.remote, "client reads too slowly; stream reset"))
+    };
     let service = {
-        let (context, settings, progress) = (context.clone(), settings.clone(), progress.clone());
+        let (context, settings, progress, streams) = (context.clone(), settings.clone(), progress.clone(), streams.clone());
         hyper::service::service_fn(move |request: Request<Incoming>| {
             let started = Started::new(progress.clone(), !request.body().is_end_stream());
+            // HTTP/1 has one answer at a time: the connection's own look at the socket is enough.
+            let stall = progress.multiplexed.get().then(Rc::<Stall>::default);
+            if let Some(stall) = &stall {
+                streams.begin(stall);
+            }
             let version = request.version();
             let mut service = service.clone();
             let last = settings.listen.max_requests_per_connection.is_some_and(|max| progress.served.get() >= max);
@@ -89,7 +102,7 @@ where
                 if version < Version::HTTP_2 && (last || context.phase.get().is_leaving()) {
                     response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
                 }
-                Ok::<_, Infallible>(response.map(|inner| CountedBody { inner, _started: started }))
+                Ok::<_, Infallible>(response.map(|inner| CountedBody { inner, rest: None, given: 0, stall, _started: started }))
             }
         })
     };
@@ -106,9 +119,7 @@ where
             let end = {
                 let mut pinned = Pin::new(&mut connection);
                 under_deadlines(&context, &settings, &progress, |cx| {
-                    if context.phase.get() >= Phase::Draining {
-                        progress.linger.set(Some(settings.drain.margin.max(Io::LINGER)));
-                    }
+                    progress.leaving.set(context.phase.get() >= Phase::Draining);
                     pinned.as_mut().poll(cx)
                 })
                 .await
@@ -133,7 +144,7 @@ where
             progress.multiplexed.set(true);
             progress.enter(Stage::Idle);
             let listen = &settings.listen;
-            let connection = conn::http2::Builder::new(LocalExec)
+            let connection = conn::http2::Builder::new(streams)
                 .timer(TokioTimer::new())
                 .max_concurrent_streams(MAX_STREAMS)
                 .max_header_list_size(u32::try_from(listen.max_uri_bytes + listen.max_header_bytes + 4096).unwrap_or(u32::MAX))
@@ -144,6 +155,7 @@ where
             let leaving = Cell::new(false);
             loop {
                 let end = under_deadlines(&context, &settings, &progress, |cx| {
+                    progress.leaving.set(context.phase.get() >= Phase::Draining);
                     let worn = listen.max_requests_per_connection.is_some_and(|max| progress.served.get() >= max);
                     if !leaving.get() && (worn || context.phase.get() >= Phase::Draining) {
                         leaving.set(true);
@@ -225,11 +237,13 @@ fn next_deadline(context: &Shared, settings: &Settings, progress: &Progress) -> 
     let stage = match progress.stage.get() {
         Stage::Busy => None,
         Stage::Head => Some((since + settings.listen.header_timeout, End::HeadTimeout)),
+        Stage::Idle if context.phase.get() >= Phase::Aborting => Some((since, End::Idle)),
         Stage::Idle if context.phase.get() >= Phase::Draining => Some((since + settings.drain.quiet, End::Idle)),
         Stage::Idle => Some((since + settings.listen.idle_timeout, End::Idle)),
     };
     let write = progress
-        .write_deadline(settings.listen.stall_timeout, settings.listen.min_rate)
+        .stall
+        .deadline(settings.listen.stall_timeout, settings.listen.min_rate)
         .map(|deadline| (deadline, End::WriteStalled));
     match (stage, write) {
         (Some(a), Some(b)) => Some(if a.0 <= b.0 { a } else { b }),
@@ -248,7 +262,7 @@ async fn finish(context: &Shared, peer: &Peer, progress: &Progress, end: End, mu
         }
         End::Idle => {
             // A request that crosses our FIN is read and not reset; the peer sees an orderly end.
-            progress.linger.set((context.phase.get() >= Phase::Draining).then_some(Io::LINGER));
+            progress.leaving.set(context.phase.get() >= Phase::Draining);
             let _ = io.shutdown().await;
             return;
         }
@@ -263,7 +277,7 @@ async fn finish(context: &Shared, peer: &Peer, progress: &Progress, end: End, mu
         status.canonical_reason().unwrap_or("Error")
     );
     progress.line_too_long.set(false);
-    progress.linger.set(Some(Io::LINGER));
+    progress.linger.set(true);
     let last_word = async {
         io.write_all(answer.as_bytes()).await?;
         io.shutdown().await
@@ -296,7 +310,7 @@ impl Started {
     fn new(progress: Rc<Progress>, has_body: bool) -> Self {
         progress.in_flight.set(progress.in_flight.get() + 1);
         progress.served.set(progress.served.get() + 1);
-        progress.linger.set(has_body.then_some(Io::LINGER));
+        progress.linger.set(has_body);
         progress.stage.set(Stage::Busy);
         Started(progress)
     }
@@ -317,39 +331,61 @@ impl Drop for Started {
 }
 
 pin_project_lite::pin_project! {
+    /// The body of an answer: counts as in flight until it is dropped, and on HTTP/2 says whether its client keeps it waiting.
     struct CountedBody<B> {
         #[pin]
         inner: B,
+        // Of a piece that is larger than MAX_PIECE.
+        rest: Option<Bytes>,
+        given: usize,
+        stall: Option<Rc<Stall>>,
         _started: Started,
     }
 }
 
-impl<B: Body> Body for CountedBody<B> {
-    type Data = B::Data;
+impl<B: Body<Data = Bytes>> Body for CountedBody<B> {
+    type Data = Bytes;
     type Error = B::Error;
 
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
-        self.project().inner.poll_frame(cx)
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
+        let this = self.project();
+        let Some(stall) = this.stall else { return this.inner.poll_frame(cx) };
+        // Being asked means that the client has taken what came before.
+        stall.took(std::mem::take(this.given));
+        let mut frame = match this.rest.take() {
+            Some(rest) => Frame::data(rest),
+            None => match this.inner.poll_frame(cx) {
+                Poll::Ready(Some(Ok(frame))) => frame,
+                other => {
+                    stall.over();
+                    return other;
+                }
+            },
+        };
+        if let Some(data) = frame.data_mut() {
+            if data.len() > MAX_PIECE {
+                *this.rest = Some(data.split_off(MAX_PIECE));
+            }
+            *this.given = data.len();
+            stall.blocked();
+        }
+        Poll::Ready(Some(Ok(frame)))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.inner.is_end_stream()
+        self.rest.is_none() && self.inner.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.inner.size_hint()
-    }
-}
-
-/// hyper's tasks for HTTP/2 streams stay on the worker of their connection.
-#[derive(Clone, Copy)]
-struct LocalExec;
-
-impl<F: Future + 'static> hyper::rt::Executor<F> for LocalExec
-where
-    F::Output: 'static,
-{
-    fn execute(&self, future: F) {
-        tokio::task::spawn_local(future);
+        let mut hint = self.inner.size_hint();
+        if let Some(rest) = &self.rest {
+            let rest = rest.len() as u64;
+            let (lower, upper) = (hint.lower() + rest, hint.upper().map(|upper| upper + rest));
+            hint.set_lower(lower);
+            if let Some(upper) = upper {
+                hint.set_upper(upper);
+            }
+        }
+        hint
     }
 }

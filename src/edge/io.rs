@@ -19,9 +19,13 @@ use tokio::{
 
 use std::rc::Rc;
 
+use super::{stall::Stall, unacked::unacked};
+
 /// After the last answer so much is read and thrown away, so that the kernel does not reset the connection over unread bytes.
 const LINGER_BYTES: usize = 1024 * 1024;
 const LINGER_TIME: Duration = Duration::from_secs(2);
+/// How often the kernel is asked whether the client has acknowledged everything.
+const ASK_EVERY: Duration = Duration::from_millis(20);
 
 /// Where a connection stands between its requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,23 +48,18 @@ pub struct Progress {
     /// HTTP/2 has no stages: its head deadline is h2's own.
     pub multiplexed: Cell<bool>,
     /// The last request had a body, or could not be parsed: there may be unread bytes at the end.
-    pub linger: Cell<Option<Duration>>,
+    pub linger: Cell<bool>,
+    /// The process is about to end: its connections close only when the client has all that was sent to it.
+    pub leaving: Cell<bool>,
     /// Of the request line so far; `None` once its end was seen.
     line_bytes: Cell<Option<usize>>,
     pub line_too_long: Cell<bool>,
     max_line_bytes: usize,
-    /// A write could not go on: since when, how much since then, and when it last went on.
-    blocked: Cell<Option<Blocked>>,
+    /// A client that does not read what is sent to it.
+    pub stall: Stall,
     /// Set from outside: end now.
     pub abort: Cell<bool>,
     pub waker: RefCell<Option<Waker>>,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Blocked {
-    window: Instant,
-    bytes: u64,
-    last: Instant,
 }
 
 impl Progress {
@@ -71,12 +70,13 @@ impl Progress {
             in_flight: Cell::new(0),
             served: Cell::new(0),
             multiplexed: Cell::new(false),
-            linger: Cell::new(None),
+            linger: Cell::new(false),
+            leaving: Cell::new(false),
             line_bytes: Cell::new(Some(0)),
             line_too_long: Cell::new(false),
             // Method, spaces and version beside the target.
             max_line_bytes: max_uri_bytes.saturating_add(64),
-            blocked: Cell::new(None),
+            stall: Stall::default(),
             abort: Cell::new(false),
             waker: RefCell::new(None),
         })
@@ -92,22 +92,6 @@ impl Progress {
         if let Some(waker) = &*self.waker.borrow() {
             waker.wake_by_ref();
         }
-    }
-
-    /// When a client that does not read what is sent to it has had its time: `stall` without any progress, or, after the first
-    /// `stall`, less than `min_rate` bytes a second.
-    pub fn write_deadline(&self, stall: Duration, min_rate: u64) -> Option<Instant> {
-        let mut blocked = self.blocked.get()?;
-        let window_end = blocked.window + stall;
-        if Instant::now() >= window_end {
-            if blocked.bytes < min_rate.saturating_mul(stall.as_secs().max(1)) {
-                return Some(window_end);
-            }
-            blocked.window = window_end;
-            blocked.bytes = 0;
-            self.blocked.set(Some(blocked));
-        }
-        Some((blocked.last + stall).min(blocked.window + stall))
     }
 
     fn received(&self, bytes: &[u8]) {
@@ -134,27 +118,14 @@ impl Progress {
         }
     }
 
-    fn sent(&self, result: &Poll<io::Result<usize>>) {
+    fn sent(&self, wanted: usize, result: &Poll<io::Result<usize>>) {
         match result {
-            Poll::Ready(Ok(n)) => {
-                if let Some(mut blocked) = self.blocked.get() {
-                    blocked.bytes += *n as u64;
-                    blocked.last = Instant::now();
-                    self.blocked.set(Some(blocked));
-                }
-            }
-            Poll::Ready(Err(_)) => self.blocked.set(None),
-            Poll::Pending if self.blocked.get().is_none() => {
-                let now = Instant::now();
-                self.blocked.set(Some(Blocked { window: now, bytes: 0, last: now }));
-            }
-            Poll::Pending => {}
+            // All that was to be sent has gone to the kernel.
+            Poll::Ready(Ok(n)) if *n == wanted => self.stall.over(),
+            Poll::Ready(Ok(n)) => self.stall.took(*n),
+            Poll::Ready(Err(_)) => self.stall.over(),
+            Poll::Pending => self.stall.blocked(),
         }
-    }
-
-    /// All that was to be sent has gone to the kernel.
-    fn flushed(&self) {
-        self.blocked.set(None);
     }
 }
 
@@ -171,6 +142,8 @@ pub struct Io {
 struct Lingering {
     timeout: Pin<Box<Sleep>>,
     discarded: usize,
+    /// Nothing more is to be read.
+    over: bool,
 }
 
 impl Io {
@@ -182,28 +155,38 @@ impl Io {
         self.prefix = prefix;
     }
 
-    /// Reads and throws away until the client closes, within bounds.
-    fn poll_linger(&mut self, limit: Duration, cx: &mut Context<'_>) -> Poll<()> {
-        let lingering =
-            self.lingering.get_or_insert_with(|| Lingering { timeout: Box::pin(tokio::time::sleep(limit)), discarded: 0 });
+    /// Reads and throws away until the client closes, within bounds. A process that is about to end waits for the client to have
+    /// acknowledged everything instead: its network may go with it, and what the kernel has not delivered would be lost.
+    fn poll_linger(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let lingering = self.lingering.get_or_insert_with(|| Lingering {
+            timeout: Box::pin(tokio::time::sleep(LINGER_TIME)),
+            discarded: 0,
+            over: false,
+        });
         let mut scratch = [0u8; 8 * 1024];
-        loop {
+        while !lingering.over {
             let mut buf = ReadBuf::new(&mut scratch);
             match Pin::new(&mut self.stream).poll_read(cx, &mut buf) {
-                Poll::Ready(Ok(())) if buf.filled().is_empty() => return Poll::Ready(()),
-                Poll::Ready(Ok(())) => {
+                Poll::Ready(Ok(())) if !buf.filled().is_empty() => {
                     lingering.discarded += buf.filled().len();
-                    if lingering.discarded > LINGER_BYTES {
-                        return Poll::Ready(());
-                    }
+                    lingering.over = lingering.discarded > LINGER_BYTES;
                 }
-                Poll::Ready(Err(_)) => return Poll::Ready(()),
-                Poll::Pending => return lingering.timeout.as_mut().poll(cx),
+                Poll::Ready(_) => lingering.over = true,
+                Poll::Pending if lingering.timeout.as_mut().poll(cx).is_pending() => return Poll::Pending,
+                Poll::Pending => lingering.over = true,
             }
         }
+        while self.progress.leaving.get() && unacked(&self.stream) > 0 {
+            // The kernel does not say when; a connection that is cut ends this.
+            if lingering.timeout.is_elapsed() || lingering.timeout.deadline() > Instant::now() + ASK_EVERY {
+                lingering.timeout.as_mut().reset(Instant::now() + ASK_EVERY);
+            }
+            ready!(lingering.timeout.as_mut().poll(cx));
+        }
+        Poll::Ready(())
     }
 
-    /// The default bound for a lingering close.
+    /// The bound for a lingering close.
     pub const LINGER: Duration = LINGER_TIME;
 }
 
@@ -229,19 +212,13 @@ impl AsyncRead for Io {
 impl AsyncWrite for Io {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let result = Pin::new(&mut self.stream).poll_write(cx, buf);
-        self.progress.sent(&result);
-        if matches!(result, Poll::Ready(Ok(n)) if n == buf.len()) {
-            self.progress.flushed();
-        }
+        self.progress.sent(buf.len(), &result);
         result
     }
 
     fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
         let result = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
-        self.progress.sent(&result);
-        if matches!(result, Poll::Ready(Ok(n)) if n == bufs.iter().map(|b| b.len()).sum::<usize>()) {
-            self.progress.flushed();
-        }
+        self.progress.sent(bufs.iter().map(|b| b.len()).sum(), &result);
         result
     }
 
@@ -255,9 +232,9 @@ impl AsyncWrite for Io {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         ready!(Pin::new(&mut self.stream).poll_shutdown(cx))?;
-        match self.progress.linger.get() {
-            None => Poll::Ready(Ok(())),
-            Some(limit) => self.poll_linger(limit, cx).map(Ok),
+        if self.progress.linger.get() || self.progress.leaving.get() {
+            ready!(self.poll_linger(cx));
         }
+        Poll::Ready(Ok(()))
     }
 }

@@ -23,7 +23,7 @@ use tokio::{
     time::Instant,
 };
 
-use crate::model::Peer;
+use crate::{lifecycle::drain::Open, model::Peer};
 
 const BACKLOG: i32 = 4096;
 /// After an error that only time mends (no file descriptors).
@@ -75,22 +75,19 @@ pub struct Caps {
 #[derive(Debug)]
 pub struct Counts {
     workers: Vec<AtomicUsize>,
-    total: AtomicUsize,
+    open: Arc<Open>,
     /// Only addresses that have a connection are in it, so it is bounded by their number.
     by_address: Mutex<HashMap<IpAddr, usize>>,
 }
 
 impl Counts {
-    pub fn new(workers: usize) -> Arc<Self> {
-        Arc::new(Counts {
-            workers: (0..workers).map(|_| AtomicUsize::new(0)).collect(),
-            total: AtomicUsize::new(0),
-            by_address: Mutex::default(),
-        })
+    /// `open` counts them all.
+    pub fn new(workers: usize, open: Arc<Open>) -> Arc<Self> {
+        Arc::new(Counts { workers: (0..workers).map(|_| AtomicUsize::new(0)).collect(), open, by_address: Mutex::default() })
     }
 
     pub fn total(&self) -> usize {
-        self.total.load(Ordering::Relaxed)
+        self.open.count()
     }
 
     fn fewest(&self) -> usize {
@@ -114,7 +111,7 @@ impl Counts {
         if let Some(count) = self.workers.get(worker) {
             count.fetch_add(1, Ordering::Relaxed);
         }
-        self.total.fetch_add(1, Ordering::Relaxed);
+        self.open.add();
         Some(Permit { counts: self.clone(), worker, address: counted })
     }
 }
@@ -132,7 +129,6 @@ impl Drop for Permit {
         if let Some(count) = self.counts.workers.get(self.worker) {
             count.fetch_sub(1, Ordering::Relaxed);
         }
-        self.counts.total.fetch_sub(1, Ordering::Relaxed);
         if let Some(address) = self.address {
             let mut map = self.counts.by_address.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(count) = map.get_mut(&address) {
@@ -142,6 +138,7 @@ impl Drop for Permit {
                 }
             }
         }
+        self.counts.open.remove();
     }
 }
 

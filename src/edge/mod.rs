@@ -5,3 +5,6 @@ pub mod io;
 pub mod listener;
 pub mod registry;
 pub mod sniff;
+pub mod stall;
+pub mod streams;
+pub mod unacked;

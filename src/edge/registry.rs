@@ -4,7 +4,7 @@ use std::{cell::RefCell, rc::Rc};
 
 use slab::Slab;
 
-use super::io::Progress;
+use super::io::{Progress, Stage};
 
 #[derive(Default)]
 pub struct Registry {
@@ -29,10 +29,10 @@ impl Registry {
         }
     }
 
-    /// Ends all of them where they stand.
-    pub fn abort_all(&self) {
+    /// Ends where they stand those that have begun a request; the others have their whole answer, and are looked at anew.
+    pub fn abort_busy(&self) {
         for (_, connection) in self.connections.borrow().iter() {
-            connection.abort.set(true);
+            connection.abort.set(connection.in_flight.get() > 0 || connection.stage.get() == Stage::Head);
             connection.wake();
         }
     }

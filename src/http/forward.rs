@@ -21,7 +21,7 @@ use crate::{
         params, record,
         response::{self, Head},
     },
-    lifecycle::Phase,
+    lifecycle::{Phase, drain::End},
     model::{
         Peer, Route, Settings, Site,
         peer::ClientInfo,
@@ -29,7 +29,7 @@ use crate::{
         upstream::{Balance, Policy},
     },
     telemetry::php_log::PhpLog,
-    upstream::{Dispatcher, Ticket, Want, dispatch::now_ms, health::Health},
+    upstream::{Dispatcher, Ticket, Want, dispatch::now_ms, health::Health, snapshot::Hold},
 };
 
 /// A body up to this size is sent in one write with the parameters.
@@ -90,15 +90,15 @@ pub async fn forward(worker: &Rc<Worker>, php: &Php<'_>, incoming: Incoming) -> 
         if !ticket.waited.is_zero() {
             worker.sinks.metrics.queue_wait(upstream, ticket.waited);
         }
-        let (policy, set, activation) = (ticket.upstream.policy.clone(), ticket.set.clone(), ticket.upstream.activation.clone());
+        let (policy, set) = (ticket.upstream.policy.clone(), ticket.set.clone());
         let (endpoint, leased) = (ticket.endpoint().clone(), ticket.conn.is_some());
-        let error = match attempt(worker, php, &site_root, &body, ticket, &policy).await {
+        let Failed { error, hold } = match attempt(worker, php, &site_root, &body, ticket, &policy).await {
             Ok(response) => {
                 endpoint.answered(now_ms());
                 worker.sinks.metrics.attempt(upstream, set.name(), "ok");
                 return Ok(response);
             }
-            Err(error) => error,
+            Err(failed) => failed,
         };
         php.record.undispatched();
         worker.sinks.metrics.attempt(upstream, set.name(), error.kind.cause());
@@ -119,7 +119,9 @@ pub async fn forward(worker: &Rc<Worker>, php: &Php<'_>, incoming: Incoming) -> 
         if !again || attempts > policy.retries {
             return Err(error);
         }
-        activation.retried.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        if let Some(hold) = hold {
+            hold.moved_on();
+        }
         // A kept connection that had ended says nothing about the pod.
         if !leased {
             tried.push(endpoint.id);
@@ -173,22 +175,41 @@ struct Guard<'a> {
 
 impl Guard<'_> {
     /// FPM goes on with what it was given: read to the end elsewhere.
-    fn reap(&mut self) {
+    fn reap(&mut self, end: End) {
         if let Some((exchange, ticket)) = self.held.take() {
-            reap(self.dispatcher, exchange, ticket, self.limit);
+            reap(self.dispatcher, exchange, ticket, self.limit, end);
         }
     }
 }
 
 impl Drop for Guard<'_> {
     fn drop(&mut self) {
-        self.reap();
+        self.reap(End::ClientLeft);
     }
 }
 
-fn reap(dispatcher: &Dispatcher, exchange: Exchange, ticket: Ticket, limit: Duration) {
+fn no_exchange() -> Error {
+    Error::new(Kind::Internal, "no exchange".to_owned())
+}
+
+fn reap(dispatcher: &Dispatcher, exchange: Exchange, ticket: Ticket, limit: Duration, end: End) {
+    ticket.upstream.end(end);
     let bounded = ticket.endpoint().capacity().is_some();
     dispatcher.reaper.reap(exchange, ticket, limit, bounded);
+}
+
+/// What a failed attempt leaves.
+struct Failed {
+    error: Error,
+    /// Its hold on the set, unless FPM still works on it.
+    hold: Option<Hold>,
+}
+
+impl Failed {
+    /// The slot is given back; the set is held until it is known whether the request goes on elsewhere.
+    fn with(ticket: Ticket, error: Error) -> Self {
+        Failed { error, hold: Some(ticket.upstream) }
+    }
 }
 
 async fn attempt(
@@ -198,12 +219,18 @@ async fn attempt(
     body: &Buffered,
     mut ticket: Ticket,
     policy: &Policy,
-) -> Result<Response<Content>, Error> {
+) -> Result<Response<Content>, Failed> {
     let mut conn = match ticket.conn.take() {
         Some(conn) => conn,
-        None => Conn::connect(&ticket.endpoint().address, policy.connect_timeout).await?,
+        None => match Conn::connect(&ticket.endpoint().address, policy.connect_timeout).await {
+            Ok(conn) => conn,
+            Err(error) => return Err(Failed::with(ticket, error)),
+        },
     };
-    let (stdin, stdin_ended) = encode(worker, &mut conn.output, php, site_root, body, &ticket)?;
+    let (stdin, stdin_ended) = match encode(worker, &mut conn.output, php, site_root, body, &ticket) {
+        Ok(stdin) => stdin,
+        Err(error) => return Err(Failed::with(ticket, error)),
+    };
     let read_timeout = php.route.read_timeout.unwrap_or(policy.read_timeout);
     let mut log = PhpLog::new(php.record.id.as_str());
     let exchange = Exchange::start(conn, stdin, stdin_ended);
@@ -211,37 +238,45 @@ async fn attempt(
 
     let (head, rest) = {
         let reading = async {
-            let Some((exchange, _)) = &mut guard.held else { return Err(Error::new(Kind::Internal, "no exchange".to_owned())) };
+            let Some((exchange, _)) = &mut guard.held else { return Err(no_exchange()) };
             read_head(exchange, read_timeout, &mut log).await
         };
         match reading.await {
             Ok(head) => head,
             Err(error) if error.kind == Kind::ReadTimeout => {
                 // The worker of FPM is still busy with it: so is the slot.
-                guard.reap();
-                return Err(error);
+                guard.reap(End::Failed);
+                return Err(Failed { error, hold: None });
             }
             Err(error) => {
-                guard.held = None;
-                return Err(error);
+                // The connection is closed before its slot is given back.
+                let hold = guard.held.take().map(|(exchange, ticket)| {
+                    drop(exchange);
+                    ticket.upstream
+                });
+                return Err(Failed { error, hold });
             }
         }
     };
     let Some((mut exchange, ticket)) = guard.held.take() else {
-        return Err(Error::new(Kind::Internal, "no exchange".to_owned()));
+        return Err(Failed { error: no_exchange(), hold: None });
     };
     let bodiless = php.parts.method == Method::HEAD || matches!(head.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
 
     let mut pieces = rest;
     match take_ready(&mut exchange, &mut pieces, php.settings.buffer.memory, &mut log).await {
-        Some(Err(error)) => Err(error),
+        Some(Err(error)) => {
+            drop(exchange);
+            Err(Failed::with(ticket, error))
+        }
         Some(Ok(())) => {
             let bytes: usize = pieces.iter().map(Bytes::len).sum();
             worker.dispatcher.finish(ticket, exchange.into_conn());
             php.record.undispatched();
             if !bodiless && head.content_length.is_some_and(|told| told != bytes as u64) {
                 let told = head.content_length.unwrap_or(0);
-                return Err(Error::new(Kind::UpstreamHeaders, format!("Content-Length {told}, but {bytes} bytes of body")));
+                let error = Error::new(Kind::UpstreamHeaders, format!("Content-Length {told}, but {bytes} bytes of body"));
+                return Err(Failed { error, hold: None });
             }
             let content = if bodiless { Content::Empty } else { Content::Whole(Some(body::join(pieces, bytes))) };
             Ok(respond(head, content, bodiless))
@@ -267,8 +302,11 @@ async fn attempt(
                         record.cause.set(Some(error.kind));
                     }
                     // Only a failed write ends an endless script.
-                    Outcome::ClientLeft(exchange) if unbuffered => drop(exchange),
-                    Outcome::ClientLeft(exchange) => reap(&worker.dispatcher, exchange, ticket, read_timeout),
+                    Outcome::ClientLeft(exchange) if unbuffered => {
+                        ticket.upstream.end(End::ClientLeft);
+                        drop(exchange);
+                    }
+                    Outcome::ClientLeft(exchange) => reap(&worker.dispatcher, exchange, ticket, read_timeout, End::ClientLeft),
                 }
                 record.undispatched();
             });

@@ -16,6 +16,11 @@ use tokio::time::Instant;
 use super::layers::request_id::RequestId;
 use crate::{
     error::{Error, Kind},
+    lifecycle::{
+        Phase, PhaseCell,
+        drain::{End, Tally},
+    },
+    model::Peer,
     telemetry::{
         access_log::{Entry, Writer},
         metrics::Shard,
@@ -134,6 +139,43 @@ pub struct Sinks {
     pub registry: Registry,
     pub access: Writer,
     pub metrics: Arc<Shard>,
+    pub phase: Arc<PhaseCell>,
+    /// Told of each end from Draining on.
+    pub drained: Arc<Tally>,
+}
+
+impl Sinks {
+    /// What hyper, or a deadline, refused before there was a request: logged and counted as one.
+    pub fn refused(&self, peer: &Peer, error: &Error) {
+        let (id, status, cause) = (RequestId::random(), error.kind.status().as_u16(), error.kind.cause());
+        tracing::debug!(id = id.as_str(), peer = %peer.remote, cause, detail = error.detail, "refused before it was a request");
+        self.metrics.error(cause);
+        self.metrics.request("", status, "", "", 0.0);
+        self.access.log(&Entry {
+            time: SystemTime::now(),
+            id: id.as_str(),
+            site: "",
+            remote_addr: peer.remote.ip().to_canonical(),
+            remote_user: "",
+            method: "",
+            path: "",
+            query: None,
+            version: Version::HTTP_11,
+            status,
+            bytes_sent: 0,
+            request_bytes: 0,
+            duration: Duration::ZERO,
+            upstream: "",
+            set: "",
+            endpoint: None,
+            upstream_duration: None,
+            queue_duration: None,
+            attempts: 0,
+            cause,
+            user_agent: b"",
+            referer: b"",
+        });
+    }
 }
 
 /// Held from the head of a request to the end of its answer's body. Its drop writes the access log.
@@ -184,6 +226,17 @@ impl Drop for Finish {
             record.cause.set(Some(Kind::ClientLeft));
         }
         let cause = record.cause.get();
+        let attempts = record.way.borrow().attempts;
+        if cause != Some(Kind::Cut) && self.sinks.phase.get() >= Phase::Draining {
+            self.sinks.drained.ended(match cause {
+                _ if self.whole => End::Completed,
+                Some(Kind::ClientLeft) => End::ClientLeft,
+                _ => End::Failed,
+            });
+            if self.whole && attempts > 1 {
+                self.sinks.drained.retried();
+            }
+        }
         if let Some(kind) = cause {
             self.sinks.metrics.error(kind.cause());
         }

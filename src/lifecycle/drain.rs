@@ -1,7 +1,9 @@
-//! Drop means done: a guard that is held by what must finish, and the receipt that says what became of it.
+//! Drop means done: a guard that is held by what must finish, a count of what is open, and the receipt that says what became of it.
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use serde::Serialize;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 /// Held (inside an `Arc`) by everything that must end first. Its drop is the end.
 #[derive(Debug)]
@@ -33,7 +35,91 @@ impl Done {
     }
 }
 
-/// What a drain or a swap did, one JSON object (DESIGN.md, section 6).
+/// How many of something are open, for one who waits until there are none.
+#[derive(Debug, Default)]
+pub struct Open {
+    count: AtomicUsize,
+    none: Notify,
+}
+
+impl Open {
+    pub fn count(&self) -> usize {
+        self.count.load(Ordering::Relaxed)
+    }
+
+    pub fn add(&self) {
+        self.count.fetch_add(1, Ordering::SeqCst);
+    }
+
+    pub fn remove(&self) {
+        if self.count.fetch_sub(1, Ordering::SeqCst) == 1 {
+            self.none.notify_waiters();
+        }
+    }
+
+    /// Until there are none; those that come while it waits are waited for too.
+    pub async fn none(&self) {
+        loop {
+            let none = self.none.notified();
+            tokio::pin!(none);
+            // Registered before the look, so that the last one is not missed.
+            none.as_mut().enable();
+            if self.count.load(Ordering::SeqCst) == 0 {
+                return;
+            }
+            none.await;
+        }
+    }
+}
+
+/// How a request that a drain or a swap had to wait for has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// It had its whole answer.
+    Completed,
+    /// Its client left before that.
+    ClientLeft,
+    /// PHP or the proxy failed it, and it was told so.
+    Failed,
+}
+
+/// The ends of the requests that a drain or a swap waits for, each counted once, when it ends.
+#[derive(Debug, Default)]
+pub struct Tally {
+    completed: AtomicU64,
+    client_left: AtomicU64,
+    failed: AtomicU64,
+    retried: AtomicU64,
+}
+
+impl Tally {
+    pub fn ended(&self, end: End) {
+        let count = match end {
+            End::Completed => &self.completed,
+            End::ClientLeft => &self.client_left,
+            End::Failed => &self.failed,
+        };
+        count.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// One that has been counted as completed was sent once more to another endpoint.
+    pub fn retried(&self) {
+        self.retried.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Adds these counts to a receipt.
+    pub fn add_to(&self, receipt: &mut Receipt) {
+        let [completed, client_left, failed, retried] =
+            [&self.completed, &self.client_left, &self.failed, &self.retried].map(|count| count.load(Ordering::Relaxed));
+        receipt.in_flight += completed + client_left + failed;
+        receipt.completed += completed;
+        receipt.client_left += client_left;
+        receipt.failed += failed;
+        receipt.retried += retried;
+    }
+}
+
+/// What a drain or a swap did, one JSON object (DESIGN.md, section 6): `in_flight = completed + client_left + failed + cut`.
 #[derive(Clone, Debug, Serialize, PartialEq)]
 pub struct Receipt {
     pub kind: &'static str,
@@ -49,9 +135,13 @@ pub struct Receipt {
     pub budget_seconds: f64,
     /// Requests in flight at the start, and for a drain those that still came.
     pub in_flight: u64,
+    /// Had their whole answer; for a swap also those that went on elsewhere.
     pub completed: u64,
-    /// Of those, sent once more to another endpoint.
+    /// Of the completed, sent once more to another endpoint.
     pub retried: u64,
+    pub client_left: u64,
+    /// Answered with an error, or broken off by PHP.
+    pub failed: u64,
     pub cut: Vec<CutRequest>,
     pub by: String,
     /// False while it is still going on (in `/status`).
@@ -71,6 +161,24 @@ pub struct CutRequest {
 mod tests {
     use super::*;
     use std::sync::Arc;
+
+    #[tokio::test(start_paused = true)]
+    async fn none_waits_for_the_last_one() {
+        let open = Arc::new(Open::default());
+        open.none().await;
+        open.add();
+        open.add();
+        let waiting = tokio::spawn({
+            let open = open.clone();
+            async move { open.none().await }
+        });
+        tokio::task::yield_now().await;
+        open.remove();
+        tokio::task::yield_now().await;
+        assert!(!waiting.is_finished());
+        open.remove();
+        waiting.await.unwrap();
+    }
 
     #[tokio::test]
     async fn done_is_the_drop_of_the_last_holder() {

@@ -21,7 +21,7 @@ use crate::model::{Address, settings::AccessFormat};
 /// A worker's buffer goes to the writer when it holds this much, or at the next [`Writer::tick`].
 pub const FLUSH_BYTES: usize = 16 << 10;
 
-/// One finished request. Empty strings and `None` become `null` in JSON and `-` in `combined`.
+/// One finished request; without a method, what was refused before it was one. Empty strings and `None` become `null` in JSON and `-` in `combined`.
 #[derive(Clone, Debug)]
 pub struct Entry<'a> {
     pub time: SystemTime,
@@ -176,7 +176,7 @@ fn json(out: &mut Vec<u8>, clock: &mut Clock, entry: &Entry<'_>) {
     json_text(out, "method", entry.method);
     json_text(out, "path", entry.path);
     json_text(out, "query", entry.query.unwrap_or_default());
-    json_text(out, "protocol", protocol(entry.version));
+    json_text(out, "protocol", if entry.method.is_empty() { "" } else { protocol(entry.version) });
     json_number(out, "status", u64::from(entry.status));
     json_number(out, "bytes_sent", entry.bytes_sent);
     json_number(out, "request_bytes", entry.request_bytes);
@@ -292,15 +292,17 @@ fn combined(out: &mut Vec<u8>, clock: &mut Clock, entry: &Entry<'_>) {
     out.extend_from_slice(b" [");
     clock.turn(entry.time).write_common(out);
     out.extend_from_slice(b"] \"");
-    combined_escape(out, entry.method.as_bytes());
-    out.push(b' ');
-    combined_escape(out, entry.path.as_bytes());
-    if let Some(query) = entry.query {
-        out.push(b'?');
-        combined_escape(out, query.as_bytes());
+    if !entry.method.is_empty() {
+        combined_escape(out, entry.method.as_bytes());
+        out.push(b' ');
+        combined_escape(out, entry.path.as_bytes());
+        if let Some(query) = entry.query {
+            out.push(b'?');
+            combined_escape(out, query.as_bytes());
+        }
+        out.push(b' ');
+        out.extend_from_slice(protocol(entry.version).as_bytes());
     }
-    out.push(b' ');
-    out.extend_from_slice(protocol(entry.version).as_bytes());
     out.extend_from_slice(b"\" ");
     out.extend_from_slice(itoa::Buffer::new().format(entry.status).as_bytes());
     out.push(b' ');

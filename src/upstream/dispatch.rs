@@ -16,7 +16,7 @@ use super::{
     admission::Waiter,
     balance::{self, Load},
     endpoint::{Endpoint, Slot},
-    snapshot::{Set, Upstream},
+    snapshot::{Hold, Set, Upstream},
     store::{Store, Task, Workers},
 };
 use crate::{
@@ -26,6 +26,7 @@ use crate::{
         pool::{Pool, Terms},
         reaper::Reaper,
     },
+    lifecycle::drain::End,
     model::upstream::{Balance, LeasePolicy},
 };
 
@@ -60,7 +61,7 @@ pub struct Ticket {
     pub conn: Option<Conn>,
     pub slot: Slot,
     pub set: Arc<Set>,
-    pub upstream: Arc<Upstream>,
+    pub upstream: Hold,
     pub waited: Duration,
 }
 
@@ -212,7 +213,7 @@ impl Dispatcher {
             }),
         };
         let (slot, conn) = taken.ok_or_else(|| NoTicket::Full(upstream.clone()))?;
-        Ok(Ticket { slot, upstream: upstream.clone(), set: set.clone(), conn, waited: Duration::ZERO })
+        Ok(Ticket { slot, upstream: Hold::new(upstream.clone()), set: set.clone(), conn, waited: Duration::ZERO })
     }
 
     /// The warmest lease of this worker to an endpoint of the set.
@@ -260,6 +261,7 @@ impl Dispatcher {
     /// The request is over: the connection is kept if it may be and nobody waits for the slot, else both end here.
     pub fn finish(&self, ticket: Ticket, conn: Option<Conn>) {
         let Ticket { slot, upstream, .. } = ticket;
+        upstream.end(End::Completed);
         let (Some(conn), Some(policy)) = (conn, &upstream.policy.lease) else { return };
         let terms = terms(policy);
         let endpoint = slot.endpoint.clone();

@@ -1,10 +1,11 @@
 //! The immutable Snapshot, and the Activation whose last holder's drop means that a set has drained.
 
 use std::{
+    cell::Cell,
     collections::BTreeMap,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -141,8 +142,10 @@ impl Ring {
 pub struct Activation {
     pub set: Arc<str>,
     pub serial: u64,
-    /// Requests of this turn that were sent once more elsewhere.
-    pub retried: AtomicU64,
+    /// Another set is active: who ends from now on is counted.
+    left: AtomicBool,
+    /// Outlives the Activation, for the receipt.
+    tally: Arc<drain::Tally>,
     guard: drain::Guard,
 }
 
@@ -151,11 +154,69 @@ static SERIAL: AtomicU64 = AtomicU64::new(1);
 impl Activation {
     pub fn new(set: Arc<str>) -> Arc<Self> {
         let (guard, _) = drain::guard();
-        Arc::new(Activation { set, serial: SERIAL.fetch_add(1, Ordering::Relaxed), retried: AtomicU64::new(0), guard })
+        Arc::new(Activation {
+            set,
+            serial: SERIAL.fetch_add(1, Ordering::Relaxed),
+            left: AtomicBool::new(false),
+            tally: Arc::default(),
+            guard,
+        })
     }
 
     /// Resolves when the last holder has let go: the set has drained.
     pub fn drained(&self) -> drain::Done {
         self.guard.done()
+    }
+
+    /// From here on the ends of its requests are counted; to be called before another snapshot is in force.
+    pub fn leave(&self) -> Arc<drain::Tally> {
+        self.left.store(true, Ordering::SeqCst);
+        self.tally.clone()
+    }
+
+    /// The counts, if this set is being left.
+    pub fn leaving(&self) -> Option<&drain::Tally> {
+        self.left.load(Ordering::Relaxed).then_some(&*self.tally)
+    }
+}
+
+/// What a dispatched request holds of its upstream, and with it the Activation. Dropped, it says how the request has ended.
+#[derive(Debug)]
+pub struct Hold {
+    upstream: Arc<Upstream>,
+    end: Cell<drain::End>,
+}
+
+impl Hold {
+    pub fn new(upstream: Arc<Upstream>) -> Self {
+        Hold { upstream, end: Cell::new(drain::End::Failed) }
+    }
+
+    pub fn end(&self, end: drain::End) {
+        self.end.set(end);
+    }
+
+    /// The request goes on with another endpoint.
+    pub fn moved_on(self) {
+        self.end(drain::End::Completed);
+        if let Some(tally) = self.upstream.activation.leaving() {
+            tally.retried();
+        }
+    }
+}
+
+impl std::ops::Deref for Hold {
+    type Target = Upstream;
+
+    fn deref(&self) -> &Upstream {
+        &self.upstream
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        if let Some(tally) = self.upstream.activation.leaving() {
+            tally.ended(self.end.get());
+        }
     }
 }

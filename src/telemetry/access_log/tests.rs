@@ -46,6 +46,16 @@ fn combined_line(entry: &Entry<'_>) -> String {
 }
 
 #[test]
+fn what_was_refused_before_it_was_a_request_has_a_line_too() {
+    let refused = Entry { method: "", path: "", query: None, status: 400, cause: "bad_request", ..entry() };
+    let value: serde_json::Value = serde_json::from_str(&json_line(&refused)).unwrap();
+    for field in ["method", "path", "query", "protocol"] {
+        assert!(value[field].is_null(), "{field}: {value}");
+    }
+    assert!(combined_line(&refused).contains("] \"\" 400 "), "{}", combined_line(&refused));
+}
+
+#[test]
 fn json_has_every_field() {
     let endpoint: Address = "unix:/run/\"php\".sock".parse().unwrap();
     let line = json_line(&Entry { endpoint: Some(&endpoint), ..entry() });
