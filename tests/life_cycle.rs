@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use support::{
     gate::Gate,
     http,
-    ledger::{LedgerClient, Shape},
+    ledger::{Ledger, LedgerClient, Shape},
     load_balancer::LoadBalancer,
     process::{Slackwater, Wait},
     real_fpm::RealFpm,
@@ -40,23 +40,107 @@ fn toml(address: impl std::fmt::Display, root: &str, drain: &str) -> String {
     )
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_slow_load_balancer_sees_no_failure_when_the_process_ends() {
+/// Terminates a proxy under a load balancer's traffic, behind a network of 30 ms, and holds the receipt against the ledger.
+async fn terminate_under_load(busy: usize, mostly_idle: usize) {
     let fpm = RealFpm::builder("blue").workers(4).start().await;
     let root = fpm.docroot().display().to_string();
-    let mut proxy = Slackwater::start(&toml(fpm.tcp_address(), &root, "grace = \"20s\"\nlame_duck = \"8s\"\nquiet = \"1s\"")).await;
+    let drain = "grace = \"20s\"\nlame_duck = \"8s\"\nquiet = \"1s\"\nreceipt = \"{DIR}/drain.json\"";
+    let mut proxy = Slackwater::start(&toml(fpm.tcp_address(), &root, drain)).await;
     let relay = Relay::start(proxy.http()).await;
-    let balancer = LoadBalancer::builder(relay.address()).health_path("/healthz").clients(8).shapes(Shape::mix()).start();
-    balancer.ledger().wait_entries(100).await;
+    let balancer = LoadBalancer::builder(relay.address()).health_path("/healthz").clients(busy).start();
+    let ledger = balancer.ledger().clone();
+    // They pause for seconds between two requests, so that many a connection is idle when its end comes.
+    let idle = LoadBalancer::builder(relay.address())
+        .health_path("/healthz")
+        .clients(mostly_idle)
+        .pause(Duration::from_secs(3))
+        .ledger(&ledger)
+        .start();
+    ledger.wait_entries(100).await;
     proxy.terminate();
     balancer.wait_out(0).await;
+    idle.wait_out(0).await;
     let code = proxy.wait_exit(Duration::from_secs(60)).await;
-    let ledger = balancer.stop().await;
-    println!("{:?}", ledger.summary());
+    balancer.stop().await;
+    idle.stop().await;
+    let summary = ledger.summary();
+    let receipt = std::fs::read_to_string(proxy.folder().join("drain.json")).unwrap();
+    println!("{summary}{receipt}");
     assert_eq!(code, 0);
-    let failures = ledger.failures();
-    assert!(failures.is_empty(), "{failures:?}");
-    assert!(proxy.log_text().contains(r#"\"cut\":[]"#), "no clean receipt in the log");
+    ledger.assert_clean();
+    compare_receipt_with_ledger(&receipt, &proxy, &ledger);
+}
+
+/// The access log has each request of the ledger once, with the status that the client saw; and of those lines the receipt has all that
+/// ended after Draining began.
+fn compare_receipt_with_ledger(receipt: &str, proxy: &Slackwater, ledger: &Ledger) {
+    let receipt: serde_json::Value = serde_json::from_str(receipt).unwrap();
+    let lines: Vec<_> = proxy.log_json().into_iter().filter(|line| line["bytes_sent"].is_number()).collect();
+    let mut seen: std::collections::HashMap<String, Vec<u64>> = Default::default();
+    for line in lines.iter().filter(|line| line["path"] != "/healthz") {
+        seen.entry(line["id"].as_str().unwrap().to_owned()).or_default().push(line["status"].as_u64().unwrap());
+    }
+    for entry in ledger.entries() {
+        let status = u64::from(entry.status().unwrap());
+        assert_eq!(seen.remove(&entry.id), Some(vec![status]), "{entry:?}");
+    }
+    assert!(seen.is_empty(), "requests that no client sent: {seen:?}");
+
+    let began = millis(receipt["started"].as_str().unwrap());
+    let ended_after = |at: f64| {
+        let end = |line: &serde_json::Value| millis(line["time"].as_str().unwrap()) + line["seconds"].as_f64().unwrap() * 1000.0;
+        lines.iter().filter(|line| end(line) >= at).count() as u64
+    };
+    let in_flight = receipt["in_flight"].as_u64().unwrap();
+    // The log has whole milliseconds, and workers hear of the phase one after the other.
+    let (fewest, most) = (ended_after(began + 20.0), ended_after(began - 5.0));
+    assert!((fewest..=most).contains(&in_flight), "the receipt has {in_flight}, the log {fewest} to {most}: {receipt}");
+    assert_eq!(receipt["completed"], receipt["in_flight"], "{receipt}");
+    for nothing in ["client_left", "failed"] {
+        assert_eq!(receipt[nothing], 0, "{receipt}");
+    }
+}
+
+/// Of the day.
+fn millis(time: &str) -> f64 {
+    let clock = time.split_once('T').unwrap().1.trim_end_matches('Z');
+    clock.split(':').fold(0.0, |sum, part| sum * 60.0 + part.parse::<f64>().unwrap()) * 1000.0
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_load_balancer_sees_no_failure_when_the_process_ends() {
+    terminate_under_load(8, 16).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "one of the 20 terminations of `tests/long terminations`"]
+async fn long_termination() {
+    terminate_under_load(64, 200).await;
+}
+
+/// Ten reloads, each of which changes something, while clients are busy and many connections idle, behind a network of 30 ms.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "one of the 10 rounds of `tests/long reloads`"]
+async fn long_reloads() {
+    let fpm = RealFpm::builder("blue").workers(4).start().await;
+    let root = fpm.docroot().display().to_string();
+    let good = toml(fpm.tcp_address(), &root, "");
+    let proxy = Slackwater::start(&good).await;
+    let relay = Relay::start(proxy.http()).await;
+    let busy = LedgerClient::builder(relay.address()).connections(64).start();
+    let ledger = busy.ledger().clone();
+    let idle = LedgerClient::builder(relay.address()).connections(200).pause(Duration::from_secs(2)).ledger(&ledger).start();
+    ledger.wait_entries(500).await;
+    for turn in 0..10 {
+        proxy.rewrite(&format!("{good}\n[site.params]\nTURN = \"{turn}\"\n"));
+        assert!(proxy.cli_ok(&["reload"]).await.contains("applied"));
+        ledger.wait_more(200).await;
+    }
+    busy.stop().await;
+    idle.stop().await;
+    println!("{}", ledger.summary());
+    ledger.assert_clean();
+    assert_eq!(ledger.summary().reconnects, 0, "a reload has closed a connection");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -114,3 +114,33 @@ async fn overloaded_is_tried_elsewhere() {
     }
     assert!(!full.requests().is_empty(), "the overloaded one was never asked");
 }
+
+/// The answer is cut behind each of its bytes in turn. The client may see an error or a broken connection, never something that looks whole.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_cut_at_any_byte_never_looks_whole() {
+    let fpm = ScriptedFpm::start(Behaviour::hello("blue")).await;
+    let proxy = Slackwater::start(&toml(&fpm)).await;
+    let mut cuts = 0;
+    for resets in [false, true] {
+        let mut whole_after = None;
+        for bytes in 0..400 {
+            let hello = Behaviour::hello("blue");
+            fpm.set(if resets { hello.resets_after(bytes) } else { hello.dies_after(bytes) });
+            match http::send(proxy.http(), "POST", "/index.php", &[], b"body").await {
+                Ok(answer) if answer.status == 200 => {
+                    assert_eq!(answer.text(), "blue hello\n", "after {bytes} bytes");
+                    whole_after = whole_after.or(Some(bytes));
+                }
+                Ok(answer) => {
+                    assert_eq!(answer.status, 502, "after {bytes} bytes");
+                    // A reset may overtake what was sent before it; a FIN does not.
+                    assert!(resets || whole_after.is_none(), "{bytes} bytes are a whole answer, and were not taken for one");
+                    cuts += 1;
+                }
+                Err(error) => assert!(whole_after.is_none(), "after {bytes} bytes: {error}"),
+            }
+        }
+        assert!(resets || whole_after.is_some(), "400 bytes hold the answer, and it never got through");
+    }
+    println!("{cuts} cut answers told by 502");
+}

@@ -21,7 +21,7 @@ use crate::{
 
 mod document;
 mod glob;
-mod keys;
+pub mod keys;
 mod reader;
 mod routes;
 mod settings;
