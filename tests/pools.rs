@@ -2,11 +2,14 @@
 
 mod support;
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
 use support::{
     http,
-    ledger::{Expect, LedgerClient, Shape},
+    ledger::{Expect, Ledger, LedgerClient, Shape},
     process::Slackwater,
     real_fpm::RealFpm,
     scripted_fpm::{Behaviour, ScriptedFpm},
@@ -59,6 +62,57 @@ async fn killed_workers_cost_no_get() {
     }
     // A GET that was cut before a byte of its answer is sent once more: none of these may fail.
     ledger.assert_clean();
+}
+
+/// Two pools, of which the first is stopped with QUIT and started again `times` under GETs and POSTs; before that it may be disabled.
+async fn restart_a_master(times: usize, disables: bool) -> (Ledger, [RealFpm; 2]) {
+    let mut first = RealFpm::builder("blue").workers(2).start().await;
+    let second = RealFpm::builder("blue").workers(2).docroot(first.docroot()).start().await;
+    let root = first.docroot().display().to_string();
+    let addresses = [first.address().to_string(), second.address().to_string()];
+    let proxy = Slackwater::start(&toml(&addresses, &root, "[upstream.php]\nworkers_per_endpoint = 2")).await;
+    let client = LedgerClient::builder(proxy.http()).connections(8).start();
+    for _ in 0..times {
+        client.ledger().wait_more(100).await;
+        if disables {
+            proxy.cli_ok(&["endpoint", "disable", "php", &addresses[0]]).await;
+            let deadline = Instant::now() + Duration::from_secs(20);
+            let held = async || {
+                let endpoint = &proxy.status().await["upstreams"]["php"]["sets"]["blue"]["endpoints"][0];
+                endpoint["busy"].as_u64().unwrap() + endpoint["parked"].as_u64().unwrap()
+            };
+            while held().await > 0 {
+                assert!(Instant::now() < deadline, "a disabled endpoint does not become free");
+            }
+        }
+        first.quit_and_start().await;
+        if disables {
+            proxy.cli_ok(&["endpoint", "enable", "php", &addresses[0]]).await;
+        }
+    }
+    client.ledger().wait_more(100).await;
+    let ledger = client.stop().await;
+    println!("{}", ledger.summary());
+    (ledger, [first, second])
+}
+
+/// FPM goes on accepting for a moment after QUIT with nobody to serve: what of a POST it has taken cannot be sent again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_master_that_is_restarted_costs_no_get_and_runs_no_post_twice() {
+    let (ledger, pools) = restart_a_master(3, false).await;
+    for failed in ledger.failures() {
+        assert_eq!((failed.method.as_str(), failed.status()), ("POST", Some(502)), "{failed:?}");
+    }
+    for post in ledger.entries().iter().filter(|entry| entry.method == "POST") {
+        let executions: usize = pools.iter().map(|pool| pool.executions(&post.id)).sum();
+        assert!(executions <= 1, "run {executions} times: {post:?}");
+        assert!(executions == 1 || post.status() != Some(200), "answered, and not run: {post:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_master_that_is_disabled_first_can_be_restarted_unnoticed() {
+    restart_a_master(3, true).await.0.assert_clean();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -287,6 +287,13 @@ impl RealFpm {
         self.launch().await;
     }
 
+    /// As a deploy on a machine of its own does it: QUIT, and when the master has finished and gone, started anew.
+    pub async fn quit_and_start(&mut self) {
+        self.quit();
+        assert_eq!(self.wait_exit().await, 0, "{}", self.log());
+        self.launch().await;
+    }
+
     /// Until it answers a ping (or, without one, a script) by FastCGI and, with `pm = static`, has all its workers.
     pub async fn wait_ready(&mut self) {
         let deadline = Instant::now() + DEADLINE;
