@@ -1,7 +1,8 @@
 //! Slackwater: an edge proxy for PHP-FPM. The way of a request through the files:
 //!
 //! A connection is accepted by [`edge::listener`], which hands it to the worker that has the fewest. [`edge::sniff`] tells HTTP/1 from
-//! HTTP/2 by the first bytes, [`edge::connection`] drives hyper under the deadlines that [`edge::io`] keeps, and calls the service.
+//! HTTP/2 by the first bytes, [`edge::connection`] drives hyper under the deadlines that [`edge::io`] and [`edge::stall`] keep (HTTP/2
+//! streams each under its own: [`edge::streams`]), and calls the service.
 //!
 //! [`http::stack`] is that service and reads from top to bottom: request id, guards, real client, site, path, route
 //! ([`http::route`]), then a file ([`http::files`]) or a script. A script goes to [`http::forward`]: its body is read whole ([`http::body`],
