@@ -3,7 +3,6 @@
 mod support;
 
 use support::{
-    gate::Gate,
     http,
     process::{self, Slackwater},
     scripted_fpm::{Behaviour, ScriptedFpm},
@@ -68,43 +67,6 @@ async fn files_are_served_and_everything_else_goes_to_the_front() {
     }
     proxy.wait_for_log(r#"scripts = [\"/other.php\"]"#, std::time::Duration::from_secs(5)).await;
     assert_eq!(fpm.requests().len(), 1);
-}
-
-/// A stream that never ends, on the new set, does not keep the old one from draining.
-#[tokio::test(flavor = "multi_thread")]
-async fn an_endless_stream_on_the_new_set_does_not_hold_the_old() {
-    let gate = Gate::closed();
-    let stream = Behaviour::answers(200, &[("Content-Type", "text/event-stream")], "data: 1\n\n").holds_end(&gate);
-    let (blue, green) = (ScriptedFpm::start(Behaviour::hello("blue")).await, ScriptedFpm::start(stream).await);
-    let toml = format!(
-        r#"
-        [upstream.php]
-        active = "blue"
-        workers_per_endpoint = 4
-        [upstream.php.set.blue]
-        endpoints = ["{}"]
-        [upstream.php.set.green]
-        endpoints = ["{}"]
-        [[site]]
-        php_root = "/app"
-        upstream = "php"
-        "#,
-        blue.address(),
-        green.address()
-    );
-    let proxy = Slackwater::start(&toml).await;
-    proxy.cli_ok(&["swap", "php", "green", "--wait"]).await;
-    let mut listener = http::Connection::<tokio::net::TcpStream>::open(proxy.http()).await.unwrap();
-    listener.send("GET /events HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
-    assert_eq!(listener.read_head().await.unwrap().status, 200);
-    assert_eq!(listener.read_chunk().await.unwrap(), "data: 1\n\n", "passed on before the end");
-    proxy.cli_ok(&["swap", "php", "blue"]).await;
-    assert_eq!(http::get(proxy.http(), "/index.php").await.unwrap().text(), "blue hello\n");
-    let out = proxy.cli_ok(&["swap", "php", "green"]).await;
-    assert!(out.contains("turned"));
-    let out = proxy.cli_ok(&["swap", "php", "blue", "--wait", "--timeout", "10s"]).await;
-    assert!(out.contains("has drained"), "the stream is of an earlier turn to green: {out}");
-    gate.open();
 }
 
 #[tokio::test(flavor = "multi_thread")]

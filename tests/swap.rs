@@ -92,6 +92,40 @@ async fn swap_waits_for_what_is_in_flight_and_names_what_is_left() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn endless_answers_elsewhere_do_not_keep_a_set_from_draining() {
+    let (end, slow) = (Gate::closed(), Gate::closed());
+    let events = || Behaviour::answers(200, &[("Content-Type", "text/event-stream")], "data: one\n\n").holds_end(&end);
+    let blue = ScriptedFpm::start(Behaviour::hello("blue").holds_answer(&slow)).await;
+    let (green, other) = (ScriptedFpm::start(events()).await, ScriptedFpm::start(events()).await);
+    let site = format!(
+        "[upstream.other.set.only]\nendpoints = [\"{}\"]\n[[site]]\nhosts = [\"other\"]\nphp_root = \"/app\"\nupstream = \"other\"\n",
+        other.address()
+    );
+    let proxy = Slackwater::start(&(toml(blue.address(), green.address(), "/app", "") + &site)).await;
+    let address = proxy.http();
+    // A stream is at its client before it ends: the first event comes while the script still runs.
+    let open = async |host: &str| {
+        let mut stream = http::Connection::<tokio::net::TcpStream>::open(address).await.unwrap();
+        stream.send(format!("GET /index.php HTTP/1.1\r\nHost: {host}\r\n\r\n")).await.unwrap();
+        let mut seen = Vec::new();
+        while !seen.ends_with(b"data: one\n\n\r\n") {
+            seen.extend_from_slice(&stream.take(1).await.unwrap());
+        }
+        stream
+    };
+    let _elsewhere = open("other").await;
+    let in_flight = tokio::spawn(async move { http::get(address, "/index.php").await });
+    blue.wait_begun(1).await;
+    proxy.cli_ok(&["swap", "php", "green"]).await;
+    let _on_the_new_set = open("a").await;
+    assert_eq!(proxy.status().await["drains"], serde_json::json!([]), "one request is still on blue");
+    slow.open();
+    assert_eq!(in_flight.await.unwrap().unwrap().text(), "blue hello\n");
+    let receipt = proxy.wait_for_log("the old set has drained", Duration::from_secs(20)).await;
+    assert!(receipt.contains(r#"\"in_flight\":1,\"completed\":1"#), "{receipt}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn orders_that_cannot_be_are_refused_with_what_there_is() {
     let (blue, green) = (ScriptedFpm::start(Behaviour::hello("blue")).await, ScriptedFpm::start(Behaviour::hello("green")).await);
     let toml = toml(blue.address(), green.address(), "/app", "")
