@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::Instant;
@@ -31,7 +31,10 @@ impl Relay {
     }
 
     pub async fn with_delay(target: SocketAddr, one_way: Duration) -> Relay {
-        let listener = TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0)).await.expect("the relay binds a port");
+        // TcpListener::bind has room for 128: hundreds of clients that come at once would lose SYNs here, and wait a second each.
+        let socket = TcpSocket::new_v4().expect("the relay has a socket");
+        socket.bind((std::net::Ipv4Addr::LOCALHOST, 0).into()).expect("the relay binds a port");
+        let listener = socket.listen(4096).expect("the relay listens");
         let address = listener.local_addr().expect("a bound listener has an address");
         let server = tokio::spawn(async move {
             let mut connections = JoinSet::new();
