@@ -29,6 +29,7 @@ use crate::{
         Control, Told, api,
         build::{self, Before},
         config::{self, Config},
+        kubernetes::AllKnown,
         reconcile::{Change, Listeners, Reconciler},
         status,
         switch::Switch,
@@ -72,6 +73,8 @@ const SPARE_DESCRIPTORS: usize = 64;
 /// Runs until asked to end. Exit code 0, or 3 if requests were cut.
 pub fn run(path: &Path) -> Result<u8, String> {
     let began = Instant::now();
+    // One for the whole process; fails only where there is one already.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let config = config::load(path, &|name| std::env::var(name).ok())
         .map_err(|problems| problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))?;
     let settings = config.settings.clone();
@@ -89,7 +92,8 @@ pub fn run(path: &Path) -> Result<u8, String> {
     };
     let workers = settings.workers.unwrap_or_else(|| thread::available_parallelism().map_or(1, usize::from));
     let retired = BTreeSet::new();
-    let snapshot = build::build(&config, &Before { snapshot: None, switch: &switch, workers, retired: &retired })?;
+    let before = Before { snapshot: None, switch: &switch, workers, retired: &retired, known: &AllKnown::default(), alive: &[] };
+    let snapshot = build::build(&config, &before)?;
 
     let pool = Builder::new_current_thread().max_blocking_threads(POOL_THREADS).build().map_err(|e| format!("pool: {e}"))?;
     let buffers = Buffers {
@@ -120,6 +124,7 @@ pub fn run(path: &Path) -> Result<u8, String> {
         heartbeats: heartbeats.clone(),
         connections,
         drained: Arc::default(),
+        contacts: Arc::default(),
         told: Mutex::new(Told { warnings: config.warnings.clone(), ..Told::default() }),
     });
     metrics.set_source({
@@ -387,7 +392,8 @@ async fn do_tasks(
     while let Some(task) = tasks.recv().await {
         match task {
             Task::Barrier(answer) => drop(answer.send(())),
-            Task::Unpark(endpoint) => dispatcher.unpark(endpoint),
+            Task::Unpark(endpoint) => drop(dispatcher.unpark(endpoint)),
+            Task::UnparkAll(endpoint) => dispatcher.unpark_all(endpoint),
             Task::InFlight(activation, answer) => drop(answer.send(sinks.registry.list(activation))),
             Task::Phase => connections.wake_all(),
             Task::Cut(answer) => {

@@ -14,8 +14,8 @@
 //! The connection is parked ([`fastcgi::pool`]) or closed; if the client has left, [`fastcgi::reaper`] reads on until FPM has
 //! finished. [`http::inflight`] notes the end.
 //!
-//! What the snapshot should be is decided on another thread: [`control::reconcile`] takes each change, [`control::build`] makes the
-//! next snapshot, the store swaps it. [`app`] wires both planes together and is the only file that knows both.
+//! What the snapshot should be is decided on another thread: [`control::reconcile`] takes each change (of the file, an operator, a probe, or
+//! [`control::kubernetes`], whose [`control::slices`] name the pods), [`control::build`] makes the next snapshot, the store swaps it. [`app`] wires both planes together and is the only file that knows both.
 #![deny(unsafe_code)]
 
 pub mod app;

@@ -23,7 +23,14 @@ fn dispatcher(endpoints: u16) -> Rc<Dispatcher> {
     );
     std::fs::write(&path, toml).unwrap();
     let config = config::load(&path, &|_| None).unwrap();
-    let before = Before { snapshot: None, switch: &Switch::default(), workers: 1, retired: &Default::default() };
+    let before = Before {
+        snapshot: None,
+        switch: &Switch::default(),
+        workers: 1,
+        retired: &Default::default(),
+        known: &Default::default(),
+        alive: &[],
+    };
     let snapshot = build::build(&config, &before).unwrap();
     for endpoint in &snapshot.upstreams["php"].active.endpoints {
         endpoint.set_capacity(Some(1));

@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{config::Config, switch::Switch};
+use super::{config::Config, kubernetes::AllKnown, slices, switch::Switch};
 use crate::{
     model::{
         Address,
@@ -25,12 +25,15 @@ pub struct Before<'a> {
     pub workers: usize,
     /// Upstreams that are gone from the file while a request still holds a route to them.
     pub retired: &'a BTreeSet<Arc<str>>,
+    pub known: &'a AllKnown,
+    /// Endpoints that no snapshot names any more while a request still holds them.
+    pub alive: &'a [Arc<Endpoint>],
 }
 
 /// The next snapshot, or why there can be none. Parts that did not change are shared with the one before.
 pub fn build(config: &Config, before: &Before<'_>) -> Result<Snapshot, String> {
     let previous = before.snapshot;
-    let mut endpoints = Endpoints::new(previous, before.workers);
+    let mut endpoints = Endpoints::new(previous, before.alive, before.workers);
     let mut upstreams = BTreeMap::new();
     for (name, from_file) in &config.upstreams {
         let old = previous.and_then(|p| p.upstreams.get(name));
@@ -42,7 +45,8 @@ pub fn build(config: &Config, before: &Before<'_>) -> Result<Snapshot, String> {
         let mut sets = BTreeMap::new();
         for set in &from_file.sets {
             let old_set = old.and_then(|o| o.sets.get(&set.name));
-            sets.insert(set.name.clone(), next_set(set, old_set, hashed, &mut endpoints));
+            let found = before.found(set);
+            sets.insert(set.name.clone(), next_set(set, &found, old_set, hashed, &mut endpoints));
         }
         let Some(active_set) = sets.get(&active).cloned() else {
             return Err(format!("upstream {name}: the active set {active} is not there"));
@@ -99,15 +103,29 @@ fn retire(old: &Upstream) -> Upstream {
     }
 }
 
-fn next_set(config: &SetConfig, old: Option<&Arc<Set>>, hashed: bool, endpoints: &mut Endpoints) -> Arc<Set> {
+impl Before<'_> {
+    /// The addresses of a set: those of the file, or those that Kubernetes tells.
+    fn found(&self, set: &SetConfig) -> Vec<Address> {
+        match &set.kubernetes {
+            None => set.endpoints.clone(),
+            Some(source) => {
+                let slices = self.known.get(&source.service).and_then(|known| known.slices.as_deref());
+                slices.map_or_else(Vec::new, |slices| slices::merge(slices, &source.port).into_keys().collect())
+            }
+        }
+    }
+}
+
+fn next_set(config: &SetConfig, found: &[Address], old: Option<&Arc<Set>>, hashed: bool, endpoints: &mut Endpoints) -> Arc<Set> {
     if let Some(old) = old
         && old.config == *config
+        && old.endpoints.iter().map(|e| &e.address).eq(found)
         && old.ring.is_some() == hashed
     {
         return old.clone();
     }
     let asked = config.ping.is_some() || config.status_path.is_some();
-    let list = config.endpoints.iter().map(|address| endpoints.get(address, asked)).collect();
+    let list = found.iter().map(|address| endpoints.get(address, asked)).collect();
     Arc::new(Set::new(config.clone(), list, hashed))
 }
 
@@ -119,12 +137,13 @@ struct Endpoints {
 }
 
 impl Endpoints {
-    fn new(previous: Option<&Snapshot>, workers: usize) -> Self {
+    fn new(previous: Option<&Snapshot>, alive: &[Arc<Endpoint>], workers: usize) -> Self {
         let known: HashMap<_, _> = previous
             .iter()
             .flat_map(|p| p.upstreams.values())
             .flat_map(|u| u.sets.values())
             .flat_map(|s| s.endpoints.iter())
+            .chain(alive)
             .map(|e| (e.address.clone(), e.clone()))
             .collect();
         let next_id = known.values().map(|e| e.id).max().unwrap_or(0) + 1;

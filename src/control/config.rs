@@ -233,7 +233,7 @@ fn parse_all(
     let mut folders = Vec::new();
     let mut top = Reader::new(&report, &tree);
     let settings = settings::read(&mut top, env, &mut folders);
-    let upstreams = upstreams::read(&mut top, &settings.drain, &mut folders);
+    let upstreams = upstreams::read(&mut top, &settings.drain, settings.kubernetes.is_some(), &mut folders);
     let around = sites::Around { upstreams: &upstreams, drain: &settings.drain };
     let sites = sites::read(&mut top, &around, &mut folders);
     top.finish();

@@ -16,7 +16,7 @@ use crate::model::{
     Route, Site, SiteTable,
     settings::{AccessFormat, Buffer, Drain, Listen, Log, LogFormat, ReloadMode},
     site::{Files, Pattern, PhpRoot, Symlinks},
-    upstream::{Balance, Ping, SetConfig},
+    upstream::{Balance, Ping, Port, ServicePort, SetConfig},
 };
 
 pub fn expand(config: &Config) -> String {
@@ -37,6 +37,11 @@ pub fn expand(config: &Config) -> String {
     buffer(&mut out, &settings.buffer);
     log(&mut out, &settings.log);
     drain(&mut out, &settings.drain);
+    if let Some(kubernetes) = &settings.kubernetes {
+        out.table("[kubernetes]");
+        out.key("namespace", quote(&kubernetes.namespace));
+        out.key("kubeconfig", path_or_empty(kubernetes.kubeconfig.as_deref()));
+    }
     for (name, config) in &config.upstreams {
         upstream(&mut out, name, config);
     }
@@ -171,7 +176,16 @@ fn upstream(out: &mut Out, name: &str, upstream: &UpstreamConfig) {
 
 fn set(out: &mut Out, upstream: &str, set: &SetConfig) {
     out.table(format_args!("[upstream.{upstream}.set.{}]", set.name));
-    out.key("endpoints", list(&set.endpoints));
+    match &set.kubernetes {
+        None => out.key("endpoints", list(&set.endpoints)),
+        Some(ServicePort { service, port }) => {
+            let port = match port {
+                Port::Name(name) => quote(name),
+                Port::Number(number) => number.to_string(),
+            };
+            out.key("kubernetes", format_args!("{{ service = {}, port = {port} }}", quote(service)));
+        }
+    }
     out.key("root", path_or_empty(set.root.as_deref()));
     out.key("php_root", quote(set.php_root.as_deref().unwrap_or_default()));
     out.key("min_ready", set.min_ready);

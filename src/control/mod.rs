@@ -24,7 +24,9 @@ pub mod build;
 pub mod client;
 pub mod config;
 pub mod expand;
+pub mod kubernetes;
 pub mod reconcile;
+pub mod slices;
 pub mod status;
 pub mod switch;
 pub mod template;
@@ -49,6 +51,8 @@ pub struct Control {
     pub connections: Arc<Open>,
     /// The ends of requests from Draining on.
     pub drained: Arc<Tally>,
+    /// How fresh what Kubernetes has told is.
+    pub contacts: Arc<kubernetes::Contacts>,
     pub told: Mutex<Told>,
 }
 

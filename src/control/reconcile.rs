@@ -18,7 +18,8 @@ use super::{
     Control,
     build::{self, Before},
     config::{self, Config},
-    rfc3339,
+    kubernetes::{AllKnown, Discovery},
+    rfc3339, slices,
     switch::Switch,
 };
 use crate::{
@@ -28,7 +29,7 @@ use crate::{
     },
     model::{Address, Settings, Site},
     upstream::{
-        Activation, Snapshot,
+        Activation, Endpoint, Set, Snapshot,
         dispatch::now_ms,
         probe::{Probes, Report},
         store::{InFlight, Task},
@@ -51,6 +52,8 @@ pub enum Change {
         disabled: bool,
         answer: oneshot::Sender<Result<String, String>>,
     },
+    /// What Kubernetes tells of all Services now.
+    Discovered(AllKnown),
     /// A probe has learned something: waiters may have a slot, the process may be ready.
     Probed,
 }
@@ -109,6 +112,10 @@ pub struct Reconciler {
     probes: Probes,
     /// Sites of earlier configurations by the upstream that only they route to.
     retired: BTreeMap<Arc<str>, Vec<Weak<Site>>>,
+    discovery: Option<Discovery>,
+    known: AllKnown,
+    /// Endpoints that a snapshot has dropped: one that comes back before its last request has ended is the same, with its slots.
+    dropped: Vec<Weak<Endpoint>>,
 }
 
 impl Reconciler {
@@ -116,7 +123,23 @@ impl Reconciler {
         let changes = control.changes.clone();
         // A report that finds the channel full may be lost: another change is about to look at everything.
         let report: Report = std::rc::Rc::new(move || drop(changes.try_send(Change::Probed)));
-        Reconciler { control, path, config, switch, listeners, probes: Probes::new(report), retired: BTreeMap::new() }
+        let discovery = config
+            .settings
+            .kubernetes
+            .clone()
+            .map(|settings| Discovery::new(settings, control.contacts.clone(), control.changes.clone()));
+        Reconciler {
+            control,
+            path,
+            config,
+            switch,
+            listeners,
+            probes: Probes::new(report),
+            retired: BTreeMap::new(),
+            discovery,
+            known: AllKnown::default(),
+            dropped: Vec::new(),
+        }
     }
 
     pub async fn run(mut self, mut changes: mpsc::Receiver<Change>) {
@@ -135,21 +158,102 @@ impl Reconciler {
                 Change::Endpoint { upstream, address, disabled, answer } => {
                     let _ = answer.send(self.endpoint(&upstream, &address, disabled));
                 }
+                Change::Discovered(known) => self.discovered(known),
                 Change::Probed => {}
             }
             self.settled();
         }
     }
 
+    /// Another snapshot where addresses have come or gone; what else a Service tells goes to the endpoints themselves.
+    fn discovered(&mut self, known: AllKnown) {
+        self.known = known;
+        let next = match self.build(&self.config, &self.switch) {
+            Ok(next) => next,
+            Err(reason) => return tracing::error!(reason, "what Kubernetes tells cannot be put in force"),
+        };
+        let previous = self.control.store.load_full();
+        let mut changed = false;
+        for (name, upstream) in &next.upstreams {
+            for (set_name, set) in &upstream.sets {
+                let old = previous.upstreams.get(name).and_then(|u| u.sets.get(set_name));
+                if old.is_some_and(|old| Arc::ptr_eq(old, set)) {
+                    continue;
+                }
+                changed = true;
+                let count =
+                    |of: &[Arc<Endpoint>], but: &[Arc<Endpoint>]| of.iter().filter(|e| !but.iter().any(|b| b.id == e.id)).count();
+                let before = old.map_or(&[][..], |old| &old.endpoints);
+                let (came, went) = (count(&set.endpoints, before), count(before, &set.endpoints));
+                tracing::info!(upstream = &**name, set = &**set_name, endpoints = set.endpoints.len(), came, went, "endpoints");
+                if set.endpoints.is_empty() && *set_name == upstream.activation.set {
+                    tracing::error!(
+                        upstream = &**name,
+                        set = &**set_name,
+                        "the active set has lost its last endpoint; requests wait in the queue"
+                    );
+                }
+            }
+        }
+        if changed {
+            self.put_in_force(next, "kubernetes", FILE_TURN_BUDGET);
+            let there: BTreeSet<u64> = all_endpoints(&self.control.store.load()).map(|e| e.id).collect();
+            self.dropped.retain(|e| e.strong_count() > 0);
+            for gone in all_endpoints(&previous).filter(|e| !there.contains(&e.id)) {
+                self.dropped.push(Arc::downgrade(gone));
+                self.close_leases(gone);
+            }
+        }
+    }
+
+    fn close_leases(&self, endpoint: &Endpoint) {
+        for worker in 0..self.control.workers.len() {
+            // Lost where its channel is full: leases end by themselves within `lease.idle`.
+            self.control.workers.try_post(worker, Task::UnparkAll(endpoint.id));
+        }
+    }
+
+    /// Which pods are leaving, and how many workers each has by its Service's annotation.
+    fn tell_endpoints(&self, snapshot: &Snapshot) {
+        let mut told: BTreeMap<u64, (&Arc<Endpoint>, bool, Option<u32>)> = BTreeMap::new();
+        for upstream in snapshot.upstreams.values() {
+            for set in upstream.sets.values() {
+                let known = set.config.kubernetes.as_ref().and_then(|source| Some((source, self.known.get(&source.service)?)));
+                let ready = known.and_then(|(source, known)| Some(slices::merge(known.slices.as_deref()?, &source.port)));
+                let workers = upstream.policy.workers_per_endpoint.or(known.and_then(|(_, known)| known.workers));
+                for endpoint in &set.endpoints {
+                    let leaving = ready.as_ref().is_some_and(|found| found.get(&endpoint.address) == Some(&false));
+                    let (_, all_leaving, told_workers) = told.entry(endpoint.id).or_insert((endpoint, true, None));
+                    *all_leaving &= leaving;
+                    *told_workers = match (*told_workers, workers) {
+                        (Some(one), Some(other)) => Some(one.min(other)),
+                        (one, other) => one.or(other),
+                    };
+                }
+            }
+        }
+        for (endpoint, leaving, workers) in told.into_values() {
+            if let Some(workers) = workers {
+                endpoint.set_capacity(Some(workers));
+            }
+            if endpoint.set_leaving(leaving) && leaving {
+                tracing::info!(endpoint = %endpoint.address, "leaving: no new requests");
+                self.close_leases(endpoint);
+            }
+        }
+    }
+
     /// After every change: waiters, probes, readiness.
     fn settled(&mut self) {
-        let snapshot = self.control.store.load();
+        let snapshot = self.control.store.load_full();
+        self.tell_endpoints(&snapshot);
+        if let Some(discovery) = &mut self.discovery {
+            let sets = snapshot.upstreams.values().filter(|u| !u.retired).flat_map(|u| u.sets.values());
+            discovery.follow(&sets.filter_map(|set| set.config.kubernetes.as_ref()).map(|k| k.service.clone()).collect());
+        }
         for upstream in snapshot.upstreams.values() {
             for set in upstream.sets.values() {
                 for endpoint in &set.endpoints {
-                    if let Some(workers) = upstream.policy.workers_per_endpoint {
-                        endpoint.set_capacity(Some(workers));
-                    }
                     endpoint.serve_queue(&upstream.queue);
                 }
             }
@@ -161,7 +265,7 @@ impl Reconciler {
             .upstreams
             .values()
             .filter(|u| !u.retired && u.active.usable(now) == 0)
-            .map(|u| format!("upstream {} has no usable endpoint in set {}", u.name, u.active.name()))
+            .map(|u| format!("upstream {} has no usable endpoint in set {}{}", u.name, u.active.name(), self.why_empty(&u.active)))
             .collect();
         if missing.is_empty() && self.control.phase.get() == Phase::Starting && self.control.phase.advance(Phase::Running) {
             tracing::info!(generation = snapshot.generation, "ready");
@@ -169,10 +273,26 @@ impl Reconciler {
         self.control.told().waiting_for = missing;
     }
 
+    /// Why a set of Kubernetes has no endpoints, as far as that is known.
+    fn why_empty(&self, set: &Set) -> String {
+        match &set.config.kubernetes {
+            Some(source) if set.endpoints.is_empty() => match self.control.contacts.reason(&source.service) {
+                Some(why) => format!(" (service {}: {why})", source.service),
+                None => format!(" (service {} has no ready pods with this port)", source.service),
+            },
+            _ => String::new(),
+        }
+    }
+
     fn build(&self, config: &Config, switch: &Switch) -> Result<Snapshot, String> {
         let retired: BTreeSet<Arc<str>> = self.retired.keys().cloned().collect();
         let snapshot = self.control.store.load();
-        build::build(config, &Before { snapshot: Some(&snapshot), switch, workers: self.control.workers.len(), retired: &retired })
+        let alive: Vec<Arc<Endpoint>> = self.dropped.iter().filter_map(Weak::upgrade).collect();
+        let workers = self.control.workers.len();
+        build::build(
+            config,
+            &Before { snapshot: Some(&snapshot), switch, workers, retired: &retired, known: &self.known, alive: &alive },
+        )
     }
 
     fn reload(&mut self, by: &'static str) -> ReloadOutcome {
@@ -348,6 +468,10 @@ impl Reconciler {
     }
 }
 
+fn all_endpoints(snapshot: &Snapshot) -> impl Iterator<Item = &Arc<Endpoint>> {
+    snapshot.upstreams.values().flat_map(|u| u.sets.values()).flat_map(|s| &s.endpoints)
+}
+
 /// Whether this process would take `set`, and why not. Changes nothing.
 pub fn vote(snapshot: &Snapshot, upstream: &str, set: &str, force: bool) -> Result<(), String> {
     let upstream = snapshot.upstreams.get(upstream).ok_or_else(|| no_such("upstream", upstream, snapshot.upstreams.keys()))?;
@@ -398,6 +522,9 @@ fn needs_restart(old: &Settings, new: &Settings) -> Result<(), String> {
     }
     if old.state != new.state {
         keys.push("state");
+    }
+    if old.kubernetes != new.kubernetes {
+        keys.push("kubernetes");
     }
     if keys.is_empty() { Ok(()) } else { Err(format!("a change of {} needs a restart", keys.join(", "))) }
 }

@@ -24,7 +24,7 @@ pub fn status(control: &Control) -> Value {
                     let value = json!({
                         "saturation": saturation(set, queued),
                         "usable": set.usable(now_ms()),
-                        "known_age_seconds": 0.0,
+                        "known_age_seconds": known_age(control, set),
                         "endpoints": endpoints,
                     });
                     (set_name.to_string(), value)
@@ -57,6 +57,8 @@ fn endpoint(endpoint: &Endpoint) -> Value {
     let now = now_ms();
     let (state, reason) = if endpoint.is_disabled() {
         ("disabled", "by an operator")
+    } else if endpoint.is_leaving() {
+        ("leaving", "its pod is terminating")
     } else if endpoint.is_usable(now) {
         ("usable", "")
     } else {
@@ -70,6 +72,14 @@ fn endpoint(endpoint: &Endpoint) -> Value {
         "parked": endpoint.parked(),
         "reason": reason,
     })
+}
+
+/// 0 for what stands in the file or is being watched; `None`: Kubernetes has told nothing yet.
+fn known_age(control: &Control, set: &Set) -> Option<f64> {
+    match &set.config.kubernetes {
+        None => Some(0.0),
+        Some(source) => control.contacts.age(&source.service).map(|(age, _)| age.as_secs_f64()),
+    }
 }
 
 /// Busy and queued over capacity; `None` where a capacity is not known.

@@ -15,6 +15,15 @@ pub struct Settings {
     pub reload: ReloadMode,
     /// Where an operator's swap is remembered; `None`: nowhere.
     pub state: Option<PathBuf>,
+    /// `None`: outside a cluster. Needs a restart.
+    pub kubernetes: Option<Kubernetes>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Kubernetes {
+    pub namespace: String,
+    /// `None`: the service account of the pod, then $KUBECONFIG.
+    pub kubeconfig: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -48,7 +48,9 @@ pub struct QueuePolicy {
 #[derive(Clone, Debug, PartialEq)]
 pub struct SetConfig {
     pub name: Arc<str>,
+    /// Named in the file; empty where Kubernetes names them.
     pub endpoints: Vec<Address>,
+    pub kubernetes: Option<ServicePort>,
     pub root: Option<PathBuf>,
     pub php_root: Option<String>,
     pub min_ready: usize,
@@ -56,6 +58,21 @@ pub struct SetConfig {
     /// FPM's `pm.status_listen`: the status question goes there and takes no slot.
     pub status_listen: Option<Address>,
     pub ping: Option<Ping>,
+}
+
+/// The pods behind a port of a Service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServicePort {
+    pub service: Arc<str>,
+    pub port: Port,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Port {
+    /// Its name in the Service and so in its EndpointSlices.
+    Name(String),
+    /// The pods' own number (the Service's targetPort).
+    Number(u16),
 }
 
 #[derive(Clone, Debug, PartialEq)]

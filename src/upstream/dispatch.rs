@@ -181,7 +181,9 @@ impl Dispatcher {
         // Those that have failed this request only where there is nobody else: one worker that died says nothing about the pod's others.
         let fresh = !want.tried.is_empty() && set.endpoints.iter().any(|e| allowed(e) && !want.tried.contains(&e.id));
         let may_try = |e: &Endpoint| allowed(e) && !(fresh && want.tried.contains(&e.id));
-        // Ejection never empties a set: where nobody is usable everybody is tried.
+        // Ejection never empties a set: where nobody is usable everybody is tried, and those that are leaving where nobody else is there.
+        let staying = set.endpoints.iter().any(|e| may_try(e) && !e.is_leaving());
+        let may_try = |e: &Endpoint| may_try(e) && !(staying && e.is_leaving());
         let all = !set.endpoints.iter().any(|e| may_try(e) && e.is_usable(now));
         if all && !set.endpoints.iter().any(|e| may_try(e)) {
             return Err(NoTicket::NoEndpoint(upstream.clone()));
@@ -265,7 +267,11 @@ impl Dispatcher {
         let (Some(conn), Some(policy)) = (conn, &upstream.policy.lease) else { return };
         let terms = terms(policy);
         let endpoint = slot.endpoint.clone();
-        if endpoint.capacity().is_none() || endpoint.is_disabled() || !Pool::<Slot>::fits(&conn, &terms, Instant::now()) {
+        if endpoint.capacity().is_none()
+            || endpoint.is_disabled()
+            || endpoint.is_leaving()
+            || !Pool::<Slot>::fits(&conn, &terms, Instant::now())
+        {
             return;
         }
         let queue = &upstream.queue;
@@ -286,14 +292,18 @@ impl Dispatcher {
         }
     }
 
-    /// Closes the oldest lease to `endpoint`: somebody waits for its slot.
-    pub fn unpark(&self, endpoint: u64) {
-        let taken = self.pool.borrow_mut().take_oldest(endpoint);
-        if let Some((conn, slot)) = taken {
-            slot.endpoint.count_parked(self.worker, false);
-            drop(conn);
-            drop(slot);
-        }
+    /// Closes every lease to `endpoint`: it is about to go.
+    pub fn unpark_all(&self, endpoint: u64) {
+        while self.unpark(endpoint) {}
+    }
+
+    /// Closes the oldest lease to `endpoint`: somebody waits for its slot. False if there is none.
+    pub fn unpark(&self, endpoint: u64) -> bool {
+        let Some((conn, slot)) = self.pool.borrow_mut().take_oldest(endpoint) else { return false };
+        slot.endpoint.count_parked(self.worker, false);
+        drop(conn);
+        drop(slot);
+        true
     }
 
     /// Closes leases as they end. Runs as long as the worker does.

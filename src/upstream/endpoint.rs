@@ -28,6 +28,8 @@ pub struct Endpoint {
     /// By worker; only that worker writes its own.
     parked: Box<[AtomicU32]>,
     disabled: AtomicBool,
+    /// Its pod is terminating.
+    leaving: AtomicBool,
     /// A mirror of `health` for the path of a request: 0 is usable, else not before this time.
     unusable_until_ms: AtomicU64,
     failures: AtomicU32,
@@ -51,6 +53,7 @@ impl Endpoint {
             used: AtomicU32::new(0),
             parked: (0..workers).map(|_| AtomicU32::new(0)).collect(),
             disabled: AtomicBool::new(false),
+            leaving: AtomicBool::new(false),
             unusable_until_ms: AtomicU64::new(0),
             failures: AtomicU32::new(0),
             health: Mutex::new(Health::default()),
@@ -127,9 +130,18 @@ impl Endpoint {
         self.disabled.store(disabled, Ordering::SeqCst);
     }
 
-    /// On the path of a request: one load.
+    pub fn is_leaving(&self) -> bool {
+        self.leaving.load(Ordering::Relaxed)
+    }
+
+    /// Its pod is terminating: it finishes what it has, and is a last resort. True if that is news.
+    pub fn set_leaving(&self, leaving: bool) -> bool {
+        self.leaving.swap(leaving, Ordering::SeqCst) != leaving
+    }
+
+    /// On the path of a request.
     pub fn is_usable(&self, now_ms: u64) -> bool {
-        !self.is_disabled() && self.unusable_until_ms.load(Ordering::Relaxed) <= now_ms
+        !self.is_disabled() && !self.is_leaving() && self.unusable_until_ms.load(Ordering::Relaxed) <= now_ms
     }
 
     fn lock_health(&self) -> MutexGuard<'_, Health> {

@@ -16,6 +16,8 @@ pub enum Task {
     Barrier(oneshot::Sender<()>),
     /// Somebody waits for a slot of this endpoint: close the oldest lease to it.
     Unpark(u64),
+    /// This endpoint is about to go: close every lease to it.
+    UnparkAll(u64),
     /// What is in flight on this worker; of one Activation, or all.
     InFlight(Option<u64>, oneshot::Sender<Vec<InFlight>>),
     /// The phase has changed.
@@ -98,6 +100,11 @@ impl Store {
     /// For one synchronous step. Never held across an await: a set cannot drain while an old snapshot lives.
     pub fn load(&self) -> Guard<Arc<Snapshot>> {
         self.current.load()
+    }
+
+    /// For the control plane, which may keep it for longer than a step, never across a swap that must drain.
+    pub fn load_full(&self) -> Arc<Snapshot> {
+        self.current.load_full()
     }
 
     /// Puts `next` in force and wakes as many waiters of each upstream as it has free slots.

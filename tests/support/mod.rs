@@ -4,11 +4,12 @@
 //! wire by hand, apart from the crate's own codec so that both cannot be wrong in the same way).
 //! Pretending to be the client: [`http`] (raw HTTP/1.1), [`ledger`] (never retries, checks every byte),
 //! [`load_balancer`] (reuses connections, checks health, notices late), [`relay`] (a network in between).
-//! The proxy itself: [`process`]. The rest: [`pattern`] and [`sha1`] (bytes that can be checked), [`ports`],
+//! Around it: [`apiserver`] (Kubernetes, as far as it is asked). The proxy itself: [`process`]. The rest: [`pattern`] and [`sha1`] (bytes that can be checked), [`ports`],
 //! [`children`] (processes that do not outlive the test), [`gate`] (waiting without sleeping).
 
 #![allow(dead_code, reason = "every test binary compiles all of this and uses its part")]
 
+pub mod apiserver;
 pub mod children;
 pub mod fastcgi;
 pub mod gate;

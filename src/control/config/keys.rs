@@ -4,7 +4,7 @@ type Keys = &'static [(&'static str, &'static [&'static str])];
 
 /// The keys of this version, by the table they belong to; "" is the top of the file.
 pub const KEYS: Keys = &[
-    ("", &["workers", "include", "reload", "state", "listen", "buffer", "log", "drain", "upstream", "site"]),
+    ("", &["workers", "include", "reload", "state", "listen", "buffer", "log", "drain", "kubernetes", "upstream", "site"]),
     (
         "listen",
         &[
@@ -45,10 +45,12 @@ pub const KEYS: Keys = &[
             "set",
         ],
     ),
+    ("kubernetes", &["namespace", "kubeconfig"]),
     ("lease", &["requests", "age", "idle"]),
     ("queue", &["max", "timeout"]),
-    ("set", &["endpoints", "root", "php_root", "min_ready", "status_path", "status_listen", "ping"]),
+    ("set", &["endpoints", "kubernetes", "root", "php_root", "min_ready", "status_path", "status_listen", "ping"]),
     ("ping", &["path", "every", "fall", "rise"]),
+    ("service", &["service", "port"]),
     (
         "site",
         &[
@@ -94,9 +96,10 @@ const ROUTE_LATER: &[&str] = &[
 
 /// Keys of the design that this version refuses: silently doing without a `deny` would be worse than not starting.
 pub const LATER: Keys = &[
-    ("", &["tls", "kubernetes"]),
+    ("", &["tls"]),
+    ("kubernetes", &["self_service"]),
     ("upstream", &["active_from", "assets_fallback", "lane", "lanes"]),
-    ("set", &["kubernetes", "preflight"]),
+    ("set", &["preflight"]),
     ("site", ROUTE_LATER),
     ("route", ROUTE_LATER),
     ("when", &["header", "cookie", "from"]),

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     control::template,
-    model::settings::{AccessFormat, Buffer, Drain, Listen, Log, LogFormat, ReloadMode, Settings},
+    model::settings::{AccessFormat, Buffer, Drain, Kubernetes, Listen, Log, LogFormat, ReloadMode, Settings},
 };
 
 /// `drain.grace` where the file does not have it: the same placeholder as in the pod's spec.
@@ -32,6 +32,11 @@ pub fn read(top: &mut Reader<'_>, env: &dyn Fn(&str) -> Option<String>, folders:
         buffer: buffer(top.section("buffer", "buffer"), folders),
         log: log(top.section("log", "log")),
         drain: drain(top.section("drain", "drain"), env),
+        kubernetes: {
+            let present = top.has("kubernetes");
+            let read = kubernetes(top.section("kubernetes", "kubernetes"), env);
+            present.then_some(read)
+        },
     };
     // Whoever uses it needs it read already, in `config::parse`: it says which files there are.
     top.ask("include");
@@ -247,6 +252,26 @@ fn drain(mut t: Reader<'_>, env: &dyn Fn(&str) -> Option<String>) -> Drain {
     }
     t.finish();
     drain
+}
+
+fn kubernetes(mut t: Reader<'_>, env: &dyn Fn(&str) -> Option<String>) -> Kubernetes {
+    let standard = env("NAMESPACE").unwrap_or_else(|| "default".to_owned());
+    let kubernetes = Kubernetes {
+        namespace: t.read("namespace", standard, |v| dns_label(v).map(str::to_owned)),
+        kubeconfig: t.read("kubeconfig", None, path_or_none),
+    };
+    t.finish();
+    kubernetes
+}
+
+/// A name of Kubernetes (RFC 1123 label).
+pub fn dns_label<'a>(v: &Value<'a>) -> Option<&'a str> {
+    let text = v.filled_text()?;
+    let fine = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+    if text.len() > 63 || !text.bytes().all(fine) || text.starts_with('-') || text.ends_with('-') {
+        return v.refuse(format!("{text:?} is not a name of Kubernetes"), "write up to 63 of a-z, 0-9 and -, as in \"php-blue\"");
+    }
+    Some(text)
 }
 
 /// `None` where GRACE cannot be put into a file either.

@@ -305,6 +305,27 @@ fn each_error_of_upstreams_has_its_place_and_says_what_is_right() {
 }
 
 #[test]
+fn each_error_of_kubernetes_has_its_place_and_says_what_is_right() {
+    let set = |rest: &str| format!("[kubernetes]\n[upstream.php.set.blue]\n{rest}\n[[site]]\nroot = \"/r\"\nupstream = \"php\"\n");
+    for (text, want) in [
+        (set("kubernetes = 1"), "3:14: `upstream.php.set.blue.kubernetes` is a number, not a table"),
+        (set("kubernetes = { service = \"php\" }"), "`port` is missing"),
+        (set("kubernetes = { port = 1 }"), "`service` is missing"),
+        (set("kubernetes = { service = \"PHP\", port = 1 }"), "\"PHP\" is not a name of Kubernetes"),
+        (set("kubernetes = { service = \"php\", port = \"9000\" }"), "write port = 9000"),
+        (set("kubernetes = { service = \"php\", port = 0 }"), "3:40: `upstream.php.set.blue.kubernetes.port`: 0 is out of range"),
+        (set("endpoints = [\"1.2.3.4:1\"]\nkubernetes = { service = \"php\", port = 1 }"), "has `endpoints` and `kubernetes`"),
+        (set("kubernetes = { service = \"php\", port = 1 }").replace("[kubernetes]\n", ""), "add [kubernetes]"),
+        ("kubernetes.namespace = \"a b\"\n".to_owned() + &set("").replace("[kubernetes]\n", ""), "1:24: `kubernetes.namespace`"),
+    ] {
+        let wrong = wrong(&text);
+        assert!(wrong.contains(want), "{text}\n{wrong}");
+    }
+    let config = good(&set("kubernetes = { service = \"php-blue\", port = \"fpm\" }"));
+    assert_eq!(config.settings.kubernetes.as_ref().unwrap().namespace, "default");
+}
+
+#[test]
 fn each_error_of_sites_and_routes_has_its_place_and_says_what_is_right() {
     let route = |lines: &str| format!("[[site.route]]\npath = \"/x\"\n{lines}");
     for (lines, expected) in [
@@ -385,6 +406,7 @@ fn keys_of_later_versions_are_told_from_unknown_ones() {
                 "" => (top(&format!("{key} = 1")), "1:1".to_owned()),
                 "upstream" => (top(&format!("upstream.php.{key} = 1")), "1:14".into()),
                 "set" => (top(&format!("upstream.php.set.blue.{key} = 1")), "1:23".into()),
+                "kubernetes" => (top(&format!("kubernetes.{key} = 1")), "1:12".into()),
                 "site" => (site(&format!("{key} = 1")), "5:1".into()),
                 "route" => (site(&format!("[[site.route]]\npath = \"/x\"\n{key} = 1")), "7:1".into()),
                 _ => (site(&format!("[[site.route]]\npath = \"/x\"\nwhen.{key} = 1")), "7:6".into()),
@@ -741,6 +763,11 @@ const SAMPLES: &[(&str, &str, &str)] = &[
     ("ping", "every", "\"3s\""),
     ("ping", "fall", "3"),
     ("ping", "rise", "3"),
+    ("set", "kubernetes", "{ service = \"php\", port = 9000 }"),
+    ("kubernetes", "namespace", "\"learning\""),
+    ("kubernetes", "kubeconfig", "\"/k\""),
+    ("service", "service", "\"php-green\""),
+    ("service", "port", "9001"),
     ("site", "hosts", "[\"a\"]"),
     ("site", "root", "\"/other\""),
     ("site", "php_root", "\"realpath\""),
@@ -778,6 +805,14 @@ fn with(section: &str, key: &str, value: &str) -> String {
         ("site", "upstream", "\"php\""),
         ("route", "path", "\"/x\""),
     ];
+    // The pods of a Service stand instead of endpoints, and need a cluster.
+    if section == "service" || (section, key) == ("set", "kubernetes") {
+        keys.retain(|(_, k, _)| *k != "endpoints");
+        keys.push(("kubernetes", "namespace", "\"default\""));
+    }
+    if section == "service" {
+        keys.extend([("service", "service", "\"php-blue\""), ("service", "port", "\"fpm\"")]);
+    }
     keys.retain(|(s, k, _)| (*s, *k) != (section, key) && !(*s == "ping" && (section, key) == ("set", "ping")));
     keys.push((section, key, value));
     let mut text = [String::new(), String::new(), String::new()];
@@ -793,6 +828,8 @@ fn with(section: &str, key: &str, value: &str) -> String {
             "queue" => (0, "upstream.php.queue."),
             "set" => (0, "upstream.php.set.blue."),
             "ping" => (0, "upstream.php.set.blue.ping."),
+            "service" => (0, "upstream.php.set.blue.kubernetes."),
+            "kubernetes" => (0, "kubernetes."),
             "site" => (1, ""),
             "when" => (2, "when."),
             _ => (2, ""),
@@ -825,6 +862,7 @@ fn every_key_changes_something_and_the_expansion_says_it_again() {
         "buffer",
         "log",
         "drain",
+        "kubernetes",
         "upstream",
         "lease",
         "queue",

@@ -11,30 +11,35 @@ use super::{
     Folder, UpstreamConfig,
     document::{Kind, Place},
     reader::{Reader, Value, nearest},
+    settings::dns_label,
     unit,
 };
 use crate::model::{
     Address,
     settings::Drain,
-    upstream::{Balance, LeasePolicy, Ping, Policy, QueuePolicy, SetConfig},
+    upstream::{Balance, LeasePolicy, Ping, Policy, Port, QueuePolicy, ServicePort, SetConfig},
 };
 
 const DAY: u32 = 86_400;
 
 pub type Upstreams = BTreeMap<Arc<str>, UpstreamConfig>;
 
-pub fn read(top: &mut Reader<'_>, drain: &Drain, folders: &mut Vec<Folder>) -> Upstreams {
+/// `clustered`: there is a `[kubernetes]`.
+pub fn read(top: &mut Reader<'_>, drain: &Drain, clustered: bool, folders: &mut Vec<Folder>) -> Upstreams {
     let mut all = Upstreams::new();
-    let mut told = Told::default();
+    let mut told = Told { workers: HashMap::new(), clustered };
     for (name, reader) in top.named("upstream", "upstream") {
         all.insert(Arc::from(name), upstream(name, reader, drain, &mut told, folders));
     }
     all
 }
 
-/// What each address was said to hold, by whom: an endpoint of two upstreams is one endpoint with one capacity.
-#[derive(Default)]
-struct Told(HashMap<Address, (u32, String)>);
+/// What sets must know of others.
+struct Told {
+    /// What each address was said to hold, by whom: an endpoint of two upstreams is one endpoint with one capacity.
+    workers: HashMap<Address, (u32, String)>,
+    clustered: bool,
+}
 
 fn upstream(name: &str, mut t: Reader<'_>, drain: &Drain, told: &mut Told, folders: &mut Vec<Folder>) -> UpstreamConfig {
     let lease = lease(t.section("lease", "lease"));
@@ -147,19 +152,32 @@ fn read_set(
             }
             seen.push((address.clone(), v.node.at));
             if let Some(workers) = policy.workers_per_endpoint {
-                match told.0.get(&address) {
+                match told.workers.get(&address) {
                     Some((other, whose)) if *other != workers => {
                         let help = format!("`{whose}` says {other}; an address is one endpoint with one number of workers");
                         return v.refuse(format!("\"{address}\" is said to have {workers} workers here"), help);
                     }
                     _ => {
-                        told.0.insert(address.clone(), (workers, format!("upstream.{upstream}.workers_per_endpoint")));
+                        told.workers.insert(address.clone(), (workers, format!("upstream.{upstream}.workers_per_endpoint")));
                     }
                 }
             }
             Some(address)
         })
     });
+    let kubernetes = t.read("kubernetes", None, |v| service_port(v).map(Some));
+    if kubernetes.is_some() && !endpoints.is_empty() {
+        let message = format!("set `{name}` of upstream `{upstream}` has `endpoints` and `kubernetes`");
+        t.report.problem(
+            t.place("kubernetes"),
+            message,
+            Some("keep one: addresses in the file, or the pods of a Service".to_owned()),
+        );
+    }
+    if kubernetes.is_some() && !told.clustered {
+        let message = format!("set `{name}` of upstream `{upstream}` is in Kubernetes, and nothing says in which namespace");
+        t.report.problem(t.place("kubernetes"), message, Some("add [kubernetes], which may be empty".to_owned()));
+    }
     let root = t.read("root", None, Value::folder).map(PathBuf::from);
     if let Some(root) = &root {
         folders.push(Folder::new(t.report, t.place("root"), &format!("upstream.{upstream}.set.{name}.root"), root));
@@ -167,6 +185,7 @@ fn read_set(
     let set = SetConfig {
         name: Arc::from(name),
         endpoints,
+        kubernetes,
         root,
         php_root: t.read("php_root", None, |v| match v.text()? {
             "realpath" => Some(Some("realpath".to_owned())),
@@ -185,7 +204,9 @@ fn read_set(
         let message = format!("set `{name}` of upstream `{upstream}` has status_listen, but no status_path to ask for there");
         t.report.problem(t.place("status_listen"), message, Some(help));
     }
-    if set.endpoints.is_empty() {
+    if set.kubernetes.is_some() {
+        // How many there are the cluster says.
+    } else if set.endpoints.is_empty() {
         if t.report.count() == before {
             t.report.warn(t.place("endpoints"), format!("set `{name}` of upstream `{upstream}` has no endpoints"));
         }
@@ -199,6 +220,29 @@ fn read_set(
     }
     t.finish();
     set
+}
+
+fn service_port(v: &Value<'_>) -> Option<ServicePort> {
+    const HELP: &str = "write { service = \"php-blue\", port = \"fpm\" }";
+    if !matches!(v.node.kind, Kind::Table(_)) {
+        return v.wrong(format!("`{}` is {}, not a table", v.path, v.node.kind.name()), HELP.to_owned());
+    }
+    let mut t = v.reader("service")?;
+    for key in ["service", "port"] {
+        if !t.has(key) {
+            v.refuse::<()>(format!("`{key}` is missing"), HELP);
+        }
+    }
+    let service = t.ask("service").and_then(|v| dns_label(&v).map(Arc::from));
+    let port = t.ask("port").and_then(|v| match &v.node.kind {
+        Kind::Text(text) if text.parse::<u16>().is_ok() => {
+            v.refuse(format!("{text:?} is a number"), format!("write port = {text}"))
+        }
+        Kind::Text(_) => dns_label(&v).map(|name| Port::Name(name.to_owned())),
+        _ => u16::try_from(v.count(1, 65_535)?).ok().map(Port::Number),
+    });
+    t.finish();
+    Some(ServicePort { service: service?, port: port? })
 }
 
 fn address(v: &Value<'_>) -> Option<Address> {

@@ -1,0 +1,356 @@
+//! EndpointSlices and Services -> what is known of each Service, told to the reconciler at most ten times a second.
+//!
+//! One watch for the slices of each Service that the configuration names and one for the Service itself, in one namespace only, on the
+//! control plane's thread. What was known stays in force while the API server is away, whatever it answers: only a complete list replaces it.
+
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, BTreeSet, HashMap},
+    pin::pin,
+    rc::Rc,
+    sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use futures_core::Stream;
+use http::{Request, Response};
+use k8s_openapi::api::{core::v1::Service, discovery::v1::EndpointSlice};
+use kube::{
+    Api, Client, Config, Resource,
+    client::ClientBuilder,
+    config::{KubeConfigOptions, Kubeconfig},
+    runtime::watcher::{self, Event, watcher},
+};
+use tokio::{
+    sync::{Notify, mpsc},
+    task::AbortHandle,
+    time::Instant,
+};
+
+use super::reconcile::Change;
+use crate::model::settings::Kubernetes;
+
+/// The workers of each pod of a set's Service.
+pub const FPM_WORKERS: &str = "slackwater.dev/fpm-workers";
+/// Between two messages to the reconciler: a thousand events a second cost ten snapshots.
+const COALESCE: Duration = Duration::from_millis(100);
+/// The server ends a watch after so long, and the next one shows whether it is still there.
+const WATCH_SECONDS: u32 = 60;
+/// A watch on which not even that end comes is half open.
+const SILENCE: Duration = Duration::from_secs(70);
+const CONNECT: Duration = Duration::from_secs(5);
+const FIRST_BACK_OFF: Duration = Duration::from_millis(800);
+const LONGEST_BACK_OFF: Duration = Duration::from_secs(5);
+
+/// What is known of one Service.
+#[derive(Clone, Debug, Default)]
+pub struct Known {
+    /// `None`: never listed yet.
+    pub slices: Option<Arc<Vec<EndpointSlice>>>,
+    /// By the Service's annotation.
+    pub workers: Option<u32>,
+}
+
+/// By Service.
+pub type AllKnown = BTreeMap<Arc<str>, Known>;
+
+/// When the API server last answered a question about a Service, and since when it does not.
+#[derive(Debug, Default)]
+pub struct Contacts(Mutex<HashMap<String, Contact>>);
+
+#[derive(Clone, Debug, Default)]
+struct Contact {
+    answered: Option<Instant>,
+    failing: Option<(Instant, String)>,
+}
+
+impl Contacts {
+    fn change(&self, service: &str, change: impl FnOnce(&mut Contact)) {
+        change(self.0.lock().unwrap_or_else(PoisonError::into_inner).entry(service.to_owned()).or_default());
+    }
+
+    /// How old what is known of the Service is, zero while it is being watched; and why. `None`: nothing was ever known.
+    pub fn age(&self, service: &str) -> Option<(Duration, String)> {
+        let contacts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let contact = contacts.get(service)?;
+        let answered = contact.answered?;
+        Some(match &contact.failing {
+            Some((since, why)) if *since >= answered => (answered.elapsed(), why.clone()),
+            _ => (Duration::ZERO, String::new()),
+        })
+    }
+
+    /// Why nothing is known, as far as it was said.
+    pub fn reason(&self, service: &str) -> Option<String> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(service)?.failing.as_ref().map(|(_, why)| why.clone())
+    }
+}
+
+/// The watches that run now.
+pub struct Discovery {
+    settings: Kubernetes,
+    contacts: Arc<Contacts>,
+    known: Rc<RefCell<AllKnown>>,
+    changed: Rc<Notify>,
+    running: BTreeMap<Arc<str>, AbortHandle>,
+}
+
+impl Discovery {
+    pub fn new(settings: Kubernetes, contacts: Arc<Contacts>, changes: mpsc::Sender<Change>) -> Self {
+        let (known, changed) = (Rc::<RefCell<AllKnown>>::default(), Rc::new(Notify::new()));
+        tokio::task::spawn_local(publish(known.clone(), changed.clone(), changes));
+        Discovery { settings, contacts, known, changed, running: BTreeMap::new() }
+    }
+
+    /// Watches exactly these Services from now on.
+    pub fn follow(&mut self, services: &BTreeSet<Arc<str>>) {
+        self.running.retain(|service, task| {
+            let stays = services.contains(service);
+            if !stays {
+                task.abort();
+                self.known.borrow_mut().remove(service);
+            }
+            stays
+        });
+        for service in services {
+            if !self.running.contains_key(service) {
+                let watch = Watch {
+                    settings: self.settings.clone(),
+                    service: service.clone(),
+                    contacts: self.contacts.clone(),
+                    known: self.known.clone(),
+                    changed: self.changed.clone(),
+                };
+                self.running.insert(service.clone(), tokio::task::spawn_local(watch.run()).abort_handle());
+            }
+        }
+    }
+}
+
+/// The first change is told at once, those that follow it together.
+async fn publish(known: Rc<RefCell<AllKnown>>, changed: Rc<Notify>, changes: mpsc::Sender<Change>) {
+    loop {
+        changed.notified().await;
+        let all = known.borrow().clone();
+        if changes.send(Change::Discovered(all)).await.is_err() {
+            return;
+        }
+        tokio::time::sleep(COALESCE).await;
+    }
+}
+
+struct Watch {
+    settings: Kubernetes,
+    service: Arc<str>,
+    contacts: Arc<Contacts>,
+    known: Rc<RefCell<AllKnown>>,
+    changed: Rc<Notify>,
+}
+
+impl Watch {
+    async fn run(self) {
+        let mut back_off = BackOff::default();
+        let client = loop {
+            match client(&self.settings, &self.service, &self.contacts).await {
+                Ok(client) => break client,
+                Err(why) => {
+                    self.failed(&why);
+                    back_off.wait().await;
+                }
+            }
+        };
+        let slices = self.slices(Api::namespaced(client.clone(), &self.settings.namespace));
+        let service = self.annotations(Api::namespaced(client, &self.settings.namespace));
+        tokio::join!(slices, service);
+    }
+
+    fn failed(&self, why: &str) {
+        self.contacts.change(&self.service, |contact| {
+            if contact.failing.as_ref().is_none_or(|(_, before)| before != why) {
+                tracing::warn!(
+                    service = &*self.service,
+                    namespace = self.settings.namespace,
+                    why,
+                    "the Kubernetes API cannot be asked; what is known stays in force"
+                );
+            }
+            contact.failing = Some((Instant::now(), why.to_owned()));
+        });
+    }
+
+    fn update(&self, change: impl FnOnce(&mut Known)) {
+        change(self.known.borrow_mut().entry(self.service.clone()).or_default());
+        self.changed.notify_one();
+    }
+
+    async fn slices(&self, api: Api<EndpointSlice>) {
+        let config = watcher::Config::default()
+            .labels(&format!("kubernetes.io/service-name={}", self.service))
+            .timeout(WATCH_SECONDS)
+            .streaming_lists();
+        self.mirror(watcher(api, config), |all| {
+            let slices = Arc::new(all.values().cloned().collect());
+            self.update(|known| known.slices = Some(slices));
+        })
+        .await;
+    }
+
+    async fn annotations(&self, api: Api<Service>) {
+        let config =
+            watcher::Config::default().fields(&format!("metadata.name={}", self.service)).timeout(WATCH_SECONDS).streaming_lists();
+        self.mirror(watcher(api, config), |all| {
+            let told = all.values().next().and_then(|service| service.meta().annotations.as_ref()?.get(FPM_WORKERS));
+            let workers = told.and_then(|text| text.parse().ok().filter(|workers| *workers > 0));
+            if let (Some(text), None) = (told, workers) {
+                tracing::warn!(
+                    service = &*self.service,
+                    annotation = FPM_WORKERS,
+                    value = text,
+                    "is not a number above 0 and does not count"
+                );
+            }
+            self.update(|known| known.workers = workers);
+        })
+        .await;
+    }
+
+    /// Keeps `all` as the server has it, and says so after each change. A list counts when it is complete.
+    async fn mirror<K: Resource + Clone>(
+        &self,
+        events: impl Stream<Item = watcher::Result<Event<K>>>,
+        mut changed: impl FnMut(&BTreeMap<String, K>),
+    ) {
+        let (mut all, mut list) = (BTreeMap::new(), BTreeMap::new());
+        let mut back_off = BackOff::default();
+        let mut events = pin!(events);
+        let name = |object: &K| object.meta().name.clone().unwrap_or_default();
+        while let Some(event) = std::future::poll_fn(|cx| events.as_mut().poll_next(cx)).await {
+            match event {
+                Ok(Event::Init) => list.clear(),
+                Ok(Event::InitApply(object)) => drop(list.insert(name(&object), object)),
+                Ok(Event::InitDone) => {
+                    all = std::mem::take(&mut list);
+                    changed(&all);
+                }
+                Ok(Event::Apply(object)) => {
+                    all.insert(name(&object), object);
+                    changed(&all);
+                }
+                Ok(Event::Delete(object)) => {
+                    all.remove(&name(&object));
+                    changed(&all);
+                }
+                Err(error) => {
+                    self.failed(&said(&error));
+                    back_off.wait().await;
+                    continue;
+                }
+            }
+            back_off = BackOff::default();
+        }
+    }
+}
+
+/// An error with what it comes from.
+fn said(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
+}
+
+/// From 0.8 s to at most 5 s, with jitter, so that replicas do not come back all at once.
+struct BackOff(Duration);
+
+impl Default for BackOff {
+    fn default() -> Self {
+        BackOff(FIRST_BACK_OFF)
+    }
+}
+
+impl BackOff {
+    async fn wait(&mut self) {
+        let jitter = self.0.mul_f64(rand::random_range(0.5..1.0));
+        self.0 = (self.0 * 2).min(LONGEST_BACK_OFF);
+        tokio::time::sleep(jitter).await;
+    }
+}
+
+/// By the file that is named, else the pod's service account, else $KUBECONFIG.
+async fn client(settings: &Kubernetes, service: &Arc<str>, contacts: &Arc<Contacts>) -> Result<Client, String> {
+    let options = KubeConfigOptions::default();
+    let mut config = match &settings.kubeconfig {
+        Some(path) => {
+            let file = Kubeconfig::read_from(path).map_err(|e| format!("kubeconfig {}: {}", path.display(), said(&e)))?;
+            Config::from_custom_kubeconfig(file, &options)
+                .await
+                .map_err(|e| format!("kubeconfig {}: {}", path.display(), said(&e)))?
+        }
+        None => match Config::incluster() {
+            Ok(config) => config,
+            Err(incluster) => match Kubeconfig::from_env() {
+                Ok(Some(file)) => {
+                    Config::from_custom_kubeconfig(file, &options).await.map_err(|e| format!("$KUBECONFIG: {}", said(&e)))?
+                }
+                Ok(None) => {
+                    return Err(format!(
+                        "no service account ({}), and neither kubernetes.kubeconfig nor $KUBECONFIG",
+                        said(&incluster)
+                    ));
+                }
+                Err(error) => return Err(format!("$KUBECONFIG: {}", said(&error))),
+            },
+        },
+    };
+    config.connect_timeout = Some(CONNECT);
+    config.read_timeout = Some(SILENCE);
+    // kube's own retry of 429, 503 and 504 backs off to 1000 s without a word; ours says what is wrong and stays below 5 s.
+    config.default_retry = false;
+    let heard = Heard { service: service.clone(), contacts: contacts.clone() };
+    let builder = ClientBuilder::try_from(config).map_err(|e| said(&e))?;
+    Ok(builder.with_layer(&tower::layer::layer_fn(|inner| Hearing { inner, heard: heard.clone() })).build())
+}
+
+#[derive(Clone)]
+struct Heard {
+    service: Arc<str>,
+    contacts: Arc<Contacts>,
+}
+
+/// Notes each good answer: a watch that goes on quietly gives no event that would show it.
+struct Hearing<S> {
+    inner: S,
+    heard: Heard,
+}
+
+impl<S, A, B> tower::Service<Request<A>> for Hearing<S>
+where
+    S: tower::Service<Request<A>, Response = Response<B>>,
+    S::Future: Send + 'static,
+{
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = std::pin::Pin<Box<dyn Future<Output = Result<Response<B>, S::Error>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<A>) -> Self::Future {
+        let (answer, heard) = (self.inner.call(request), self.heard.clone());
+        Box::pin(async move {
+            let answer = answer.await?;
+            if answer.status().is_success() {
+                heard.contacts.change(&heard.service, |contact| contact.answered = Some(Instant::now()));
+            }
+            Ok(answer)
+        })
+    }
+}

@@ -1,0 +1,259 @@
+//! FPM pods found through EndpointSlices, before an API server that behaves and one that does not.
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use support::{
+    apiserver::{ApiServer, Mood, Pod},
+    gate::Gate,
+    http,
+    ledger::{Expect, LedgerClient, Shape},
+    process::{Slackwater, Wait},
+    scripted_fpm::{Behaviour, ScriptedFpm},
+};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn toml(kubeconfig: &std::path::Path, upstream: &str) -> String {
+    format!(
+        r#"
+        workers = 2
+        [kubernetes]
+        namespace = "learning"
+        kubeconfig = "{}"
+        [upstream.php]
+        {upstream}
+        [upstream.php.set.blue]
+        kubernetes = {{ service = "php-blue", port = "fpm" }}
+        [[site]]
+        php_root = "/app"
+        upstream = "php"
+        "#,
+        kubeconfig.display()
+    )
+}
+
+/// Pods that answer with their own address, all on one port, as pods do.
+async fn pods(count: u8) -> Vec<ScriptedFpm> {
+    for _ in 0..100 {
+        let port = support::ports::free_address().port();
+        let mut all = Vec::new();
+        for n in 1..=count {
+            let address = std::net::SocketAddr::from(([127, 0, 66, n], port));
+            // Another test may have the port on its own address of 127.0.0.0/8, never on these.
+            let Ok(probe) = std::net::TcpListener::bind(address) else { break };
+            drop(probe);
+            all.push(ScriptedFpm::builder(Behaviour::hello(&format!("pod{n}"))).at(address).start().await);
+        }
+        if all.len() == usize::from(count) {
+            return all;
+        }
+    }
+    panic!("no port is free on {count} addresses");
+}
+
+fn port(pods: &[ScriptedFpm]) -> u16 {
+    pods[0].address().port()
+}
+
+async fn endpoints(proxy: &Slackwater) -> Vec<String> {
+    let status = proxy.status().await;
+    let list = status["upstreams"]["php"]["sets"]["blue"]["endpoints"].as_array().unwrap().clone();
+    list.iter().map(|e| format!("{} {}", e["address"].as_str().unwrap(), e["state"].as_str().unwrap())).collect()
+}
+
+async fn until(proxy: &Slackwater, what: &str, wanted: impl Fn(&[String]) -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let seen = endpoints(proxy).await;
+        if wanted(&seen) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "not {what}: {seen:?}\n{}", proxy.log_text());
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+async fn answered_by(proxy: &Slackwater) -> String {
+    http::get(proxy.http(), "/index.php").await.unwrap().text()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pods_come_and_go_with_their_slices_and_no_request_fails() {
+    let (api, pods, folder) = (ApiServer::start().await, pods(4).await, tempfile::tempdir().unwrap());
+    let port = port(&pods);
+    let ready = |nth: &[usize]| nth.iter().map(|n| Pod::ready(pods[*n].address())).collect::<Vec<_>>();
+    api.slice("php-blue-a", "php-blue", port, &ready(&[0]));
+    api.slice("php-green-a", "php-green", port, &ready(&[3]));
+    let proxy = Slackwater::start(&toml(&api.kubeconfig(folder.path()), "")).await;
+    assert_eq!(answered_by(&proxy).await, "pod1 hello\n");
+
+    let client = LedgerClient::builder(proxy.http()).shapes(vec![Shape::get("/index.php", Expect::Hello)]).start();
+    client.ledger().wait_more(50).await;
+    // A second slice; the same pod in both is one endpoint.
+    let event = Instant::now();
+    api.slice("php-blue-b", "php-blue", port, &ready(&[0, 1, 2]));
+    pods[2].wait_begun(1).await;
+    println!("from the event to the first request on the new pod: {:?}", event.elapsed());
+    until(&proxy, "three", |seen| seen.len() == 3).await;
+    // The first leaves: terminating, then gone from both slices.
+    api.slice("php-blue-a", "php-blue", port, &[Pod::terminating(pods[0].address())]);
+    api.slice("php-blue-b", "php-blue", port, &[ready(&[1, 2]), vec![Pod::terminating(pods[0].address())]].concat());
+    until(&proxy, "leaving", |seen| seen.iter().any(|e| e.starts_with("127.0.66.1:") && e.ends_with("leaving"))).await;
+    let begun = pods[0].requests().len();
+    client.ledger().wait_more(100).await;
+    // One may have been dispatched before.
+    assert!(pods[0].requests().len() <= begun + 8, "{} more on a pod that is leaving", pods[0].requests().len() - begun);
+    api.delete("endpointslices", "php-blue-a");
+    api.slice("php-blue-b", "php-blue", port, &ready(&[1, 2]));
+    until(&proxy, "gone", |seen| seen.len() == 2).await;
+    assert_eq!(pods[0].open_connections(), 0, "a lease to a pod that has gone");
+    client.ledger().wait_more(50).await;
+    let ledger = client.stop().await;
+    println!("{}", ledger.summary());
+    ledger.assert_clean();
+    assert!(pods[3].requests().is_empty(), "a pod of another Service was asked");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_known_stays_in_force_whatever_the_api_server_does() {
+    let (api, pods, folder) = (ApiServer::start().await, pods(2).await, tempfile::tempdir().unwrap());
+    let port = port(&pods);
+    api.slice("a", "php-blue", port, &[Pod::ready(pods[0].address())]);
+    let proxy = Slackwater::start(&toml(&api.kubeconfig(folder.path()), "")).await;
+    let age = async || proxy.status().await["upstreams"]["php"]["sets"]["blue"]["known_age_seconds"].as_f64();
+    assert_eq!(age().await, Some(0.0));
+    for mood in [Mood::Refuses(401), Mood::Refuses(403), Mood::Refuses(429), Mood::Refuses(500), Mood::AnswersGarbage, Mood::Silent]
+    {
+        let (asked, skip) = (api.requests().len(), proxy.log().len());
+        api.set_mood(mood.clone());
+        api.drops_every_watch();
+        api.wait_requests(asked + 2).await;
+        if mood != Mood::Silent {
+            proxy.wait_for_log_after(skip, "what is known stays in force", PATIENCE).await;
+        }
+        assert_eq!(answered_by(&proxy).await, "pod1 hello\n", "{mood:?}");
+        api.set_mood(Mood::Well);
+        // It comes back by itself, and what has changed meanwhile counts.
+        let pod = if endpoints(&proxy).await.len() == 1 {
+            vec![Pod::ready(pods[0].address()), Pod::ready(pods[1].address())]
+        } else {
+            vec![Pod::ready(pods[0].address())]
+        };
+        api.slice("a", "php-blue", port, &pod);
+        until(&proxy, &format!("as it is after {mood:?}"), |seen| seen.len() == pod.len()).await;
+        api.slice("a", "php-blue", port, &[Pod::ready(pods[0].address())]);
+        until(&proxy, "one again", |seen| seen.len() == 1).await;
+    }
+    // Nobody there at all.
+    let skip = proxy.log().len();
+    api.stop().await;
+    proxy.wait_for_log_after(skip, "what is known stays in force", PATIENCE).await;
+    assert_eq!(answered_by(&proxy).await, "pod1 hello\n");
+    let deadline = Instant::now() + PATIENCE;
+    while age().await.unwrap() == 0.0 {
+        assert!(Instant::now() < deadline, "the age of what is known is not told");
+    }
+    api.start_again().await;
+    api.slice("a", "php-blue", port, &[Pod::ready(pods[1].address())]);
+    until(&proxy, "the other", |seen| seen.len() == 1 && seen[0].starts_with("127.0.66.2:")).await;
+    // The version that the watch goes on from has expired.
+    api.relists_after_410();
+    api.slice("a", "php-blue", port, &[Pod::ready(pods[0].address())]);
+    until(&proxy, "the first", |seen| seen.len() == 1 && seen[0].starts_with("127.0.66.1:")).await;
+    while age().await.unwrap() > 0.0 {
+        assert!(Instant::now() < deadline, "what is known does not get young again");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_pods_it_starts_and_says_why_and_requests_wait_for_the_first() {
+    let (api, pods, folder) = (ApiServer::start().await, pods(1).await, tempfile::tempdir().unwrap());
+    api.set_mood(Mood::Refuses(403));
+    let config = toml(&api.kubeconfig(folder.path()), "queue = { timeout = \"15s\" }");
+    let mut proxy = Slackwater::builder(&config).wait(Wait::Live).start().await;
+    proxy.wait_for_log("told to say 403", PATIENCE).await;
+    let ready = http::get(proxy.ops(), "/readyz").await.unwrap();
+    assert_eq!(ready.status, 503);
+    let answer = http::get(proxy.http(), "/index.php").await.unwrap();
+    assert_eq!((answer.status, answer.header("retry-after")), (503, Some("1")));
+    api.set_mood(Mood::Well);
+    api.slice("a", "php-blue", port(&pods), &[Pod::ready(pods[0].address())]);
+    proxy.wait_status("/readyz", 200).await;
+    assert_eq!(answered_by(&proxy).await, "pod1 hello\n");
+
+    // All of them go: requests wait in the queue for the next one.
+    let skip = proxy.log().len();
+    api.delete("endpointslices", "a");
+    proxy.wait_for_log_after(skip, "has lost its last endpoint", PATIENCE).await;
+    let address = proxy.http();
+    let waiting = tokio::spawn(async move { http::get(address, "/index.php").await });
+    let deadline = Instant::now() + PATIENCE;
+    while proxy.status().await["upstreams"]["php"]["queued"] != 1 {
+        assert!(Instant::now() < deadline, "nobody waits");
+    }
+    assert_eq!(http::get(proxy.ops(), "/readyz").await.unwrap().status, 200, "once ready it stays so");
+    api.slice("a", "php-blue", port(&pods), &[Pod::ready(pods[0].address())]);
+    assert_eq!(waiting.await.unwrap().unwrap().text(), "pod1 hello\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_that_vanishes_finishes_what_it_has_and_a_leaving_one_is_the_last_resort() {
+    let (api, pods, folder) = (ApiServer::start().await, pods(2).await, tempfile::tempdir().unwrap());
+    let (gate, port) = (Gate::closed(), port(&pods));
+    pods[0].set(Behaviour::hello("pod1").holds_answer(&gate));
+    api.slice("a", "php-blue", port, &[Pod::ready(pods[0].address())]);
+    let proxy = Slackwater::start(&toml(&api.kubeconfig(folder.path()), "")).await;
+    let address = proxy.http();
+    let slow = tokio::spawn(async move { http::get(address, "/index.php?slow").await });
+    pods[0].wait_begun(1).await;
+    api.slice("a", "php-blue", port, &[Pod::ready(pods[1].address())]);
+    until(&proxy, "the other", |seen| seen.len() == 1 && seen[0].starts_with("127.0.66.2:")).await;
+    assert_eq!(answered_by(&proxy).await, "pod2 hello\n");
+    gate.open();
+    assert_eq!(slow.await.unwrap().unwrap().text(), "pod1 hello\n");
+    api.slice("a", "php-blue", port, &[Pod::terminating(pods[1].address())]);
+    until(&proxy, "leaving", |seen| seen.iter().all(|e| e.ends_with("leaving"))).await;
+    assert_eq!(answered_by(&proxy).await, "pod2 hello\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_annotation_of_its_service_tells_the_workers_of_each_pod() {
+    let (api, pods, folder) = (ApiServer::start().await, pods(1).await, tempfile::tempdir().unwrap());
+    api.slice("a", "php-blue", port(&pods), &[Pod::ready(pods[0].address())]);
+    api.service("php-blue", &[("slackwater.dev/fpm-workers", "3")]);
+    let proxy = Slackwater::start(&toml(&api.kubeconfig(folder.path()), "")).await;
+    let until = async |wanted: u64| {
+        let deadline = Instant::now() + PATIENCE;
+        while proxy.status().await["upstreams"]["php"]["sets"]["blue"]["endpoints"][0]["capacity"] != wanted {
+            assert!(Instant::now() < deadline, "not {wanted}: {}", proxy.status().await);
+        }
+    };
+    until(3).await;
+    api.service("php-blue", &[("slackwater.dev/fpm-workers", "5")]);
+    until(5).await;
+    api.service("php-blue", &[("slackwater.dev/fpm-workers", "many")]);
+    proxy.wait_for_log("is not a number above 0", PATIENCE).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flapping_service_costs_ten_snapshots_a_second_at_most() {
+    let (api, pods, folder) = (ApiServer::start().await, pods(2).await, tempfile::tempdir().unwrap());
+    let port = port(&pods);
+    let (one, two) = (Pod::ready(pods[0].address()), Pod::ready(pods[1].address()));
+    api.slice("a", "php-blue", port, &[one.clone()]);
+    let proxy = Slackwater::start(&toml(&api.kubeconfig(folder.path()), "")).await;
+    let generation = async || proxy.status().await["generation"].as_u64().unwrap();
+    let (before, started) = (generation().await, Instant::now());
+    for turn in 0..1000 {
+        api.slice("a", "php-blue", port, if turn % 2 == 0 { &[] } else { std::slice::from_ref(&one) });
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    api.slice("a", "php-blue", port, &[two]);
+    until(&proxy, "the last word", |seen| seen.len() == 1 && seen[0].starts_with("127.0.66.2:")).await;
+    let (snapshots, seconds) = (generation().await - before, started.elapsed().as_secs_f64());
+    println!("{snapshots} snapshots in {seconds:.1} s of 1,001 events");
+    assert!(snapshots as f64 <= seconds * 10.0 + 2.0, "{snapshots} in {seconds} s");
+    assert_eq!(answered_by(&proxy).await, "pod2 hello\n");
+}
