@@ -311,7 +311,10 @@ async fn answer(stream: &mut TcpStream, shared: &Shared, target: &str) -> std::i
     for event in first {
         chunk(stream, &event).await?;
     }
-    while !expired {
+    if expired {
+        return stream.write_all(b"0\r\n\r\n").await;
+    }
+    loop {
         let events: Vec<Value> = {
             let state = shared.state.lock().expect("no test panics with it");
             let later = state.history.iter().filter(|(v, p, _, o)| *v > since && p == plural && selected(o, label, field));
