@@ -242,7 +242,7 @@ async fn a_flapping_service_costs_ten_snapshots_a_second_at_most() {
     let (api, pods, folder) = (ApiServer::start().await, pods(2).await, tempfile::tempdir().unwrap());
     let port = port(&pods);
     let (one, two) = (Pod::ready(pods[0].address()), Pod::ready(pods[1].address()));
-    api.slice("a", "php-blue", port, &[one.clone()]);
+    api.slice("a", "php-blue", port, std::slice::from_ref(&one));
     let proxy = Slackwater::start(&toml(&api.kubeconfig(folder.path()), "")).await;
     let generation = async || proxy.status().await["generation"].as_u64().unwrap();
     let (before, started) = (generation().await, Instant::now());
