@@ -247,19 +247,20 @@ async fn control_plane(
         tokio::task::spawn_local(async move {
             loop {
                 let signal = signals.next().await;
-                tracing::info!(?signal, "signal");
+                tracing::info!(signal = signal.name(), "signal");
                 match signal {
                     // A storm of them needs no more than one more look at the file.
-                    Signal::Reload => drop(control.changes.try_send(Change::Reload { by: "SIGHUP", answer: None })),
-                    Signal::ReopenLogs => {
+                    Signal::Hup => drop(control.changes.try_send(Change::Reload { by: signal.name(), answer: None })),
+                    Signal::Usr1 => {
                         if let Err(error) = access.reopen() {
                             tracing::error!(%error, "the access log cannot be reopened");
                         }
                     }
-                    Signal::Drain | Signal::DrainNow => control.terminate.send_modify(|r| {
+                    // Nginx images stop with QUIT.
+                    Signal::Term | Signal::Quit | Signal::Int => control.terminate.send_modify(|r| {
                         r.times += 1;
-                        r.now |= signal == Signal::DrainNow;
-                        r.by = format!("{signal:?}");
+                        r.now |= signal == Signal::Int;
+                        r.by = signal.name().to_owned();
                     }),
                 }
             }

@@ -114,7 +114,7 @@ pub async fn forward(worker: &Rc<Worker>, php: &Php<'_>, incoming: Incoming) -> 
         };
         tracing::warn!(
             id = php.record.id.as_str(), upstream = &**upstream, set = &**set.name(), endpoint = %endpoint.address,
-            cause = error.kind.cause(), detail = error.detail, again = again && attempts <= policy.retries, "an attempt failed"
+            cause = error.kind.cause(), detail = error.detail, may_retry = again && attempts <= policy.retries, "an attempt failed"
         );
         if !again || attempts > policy.retries {
             return Err(error);

@@ -4,14 +4,24 @@ use tokio::signal::unix::{SignalKind, signal};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Signal {
-    /// HUP
-    Reload,
-    /// TERM and QUIT: Nginx images stop with QUIT.
-    Drain,
-    /// INT: drain without the lame-duck phase.
-    DrainNow,
-    /// USR1
-    ReopenLogs,
+    Hup,
+    Term,
+    Quit,
+    Int,
+    Usr1,
+}
+
+impl Signal {
+    /// As signal(7) has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Signal::Hup => "SIGHUP",
+            Signal::Term => "SIGTERM",
+            Signal::Quit => "SIGQUIT",
+            Signal::Int => "SIGINT",
+            Signal::Usr1 => "SIGUSR1",
+        }
+    }
 }
 
 /// The signals of this process, one after the other.
@@ -37,11 +47,11 @@ impl Signals {
 
     pub async fn next(&mut self) -> Signal {
         tokio::select! {
-            _ = self.hup.recv() => Signal::Reload,
-            _ = self.term.recv() => Signal::Drain,
-            _ = self.quit.recv() => Signal::Drain,
-            _ = self.int.recv() => Signal::DrainNow,
-            _ = self.usr1.recv() => Signal::ReopenLogs,
+            _ = self.hup.recv() => Signal::Hup,
+            _ = self.term.recv() => Signal::Term,
+            _ = self.quit.recv() => Signal::Quit,
+            _ = self.int.recv() => Signal::Int,
+            _ = self.usr1.recv() => Signal::Usr1,
         }
     }
 }
