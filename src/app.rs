@@ -29,8 +29,8 @@ use crate::{
         Control, Told, api,
         build::{self, Before},
         config::{self, Config},
-        kubernetes::AllKnown,
         reconcile::{Change, Listeners, Reconciler},
+        slices::AllFound,
         status,
         switch::Switch,
         terminate::{self, Requested},
@@ -92,7 +92,7 @@ pub fn run(path: &Path) -> Result<u8, String> {
     };
     let workers = settings.workers.unwrap_or_else(|| thread::available_parallelism().map_or(1, usize::from));
     let retired = BTreeSet::new();
-    let before = Before { snapshot: None, switch: &switch, workers, retired: &retired, known: &AllKnown::default(), alive: &[] };
+    let before = Before { snapshot: None, switch: &switch, workers, retired: &retired, found: &AllFound::default(), alive: &[] };
     let snapshot = build::build(&config, &before)?;
 
     let pool = Builder::new_current_thread().max_blocking_threads(POOL_THREADS).build().map_err(|e| format!("pool: {e}"))?;

@@ -28,7 +28,7 @@ fn dispatcher(endpoints: u16) -> Rc<Dispatcher> {
         switch: &Switch::default(),
         workers: 1,
         retired: &Default::default(),
-        known: &Default::default(),
+        found: &Default::default(),
         alive: &[],
     };
     let snapshot = build::build(&config, &before).unwrap();

@@ -60,6 +60,7 @@ const SEEN: &[(&str, &str)] = &[
     ("drain margin", "life_cycle what_is_left_at_the_end_of_grace_is_cut_named_and_told_by_exit_3"),
     ("drain receipt", "keys health_fails_after_its_delay_and_idle_connections_end_when_quiet"),
     ("upstream active", "swap toml"),
+    ("upstream active_from", "kubernetes the_annotation_turns_traffic_and_is_refused_with_a_reason_until_it_can_be_followed"),
     ("upstream keepalive", "keys leases_end_as_they_are_told"),
     ("upstream lease", "keys leases_end_as_they_are_told"),
     ("upstream workers_per_endpoint", "slots a_told_capacity_is_never_exceeded"),

@@ -257,3 +257,55 @@ async fn a_flapping_service_costs_ten_snapshots_a_second_at_most() {
     assert!(snapshots as f64 <= seconds * 10.0 + 2.0, "{snapshots} in {seconds} s");
     assert_eq!(answered_by(&proxy).await, "pod2 hello\n");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_annotation_turns_traffic_and_is_refused_with_a_reason_until_it_can_be_followed() {
+    let (api, pods, folder) = (ApiServer::start().await, pods(2).await, tempfile::tempdir().unwrap());
+    let port = port(&pods);
+    api.slice("a", "php-blue", port, &[Pod::ready(pods[0].address())]);
+    api.slice("b", "php-green", port, &[Pod::ready(pods[1].address())]);
+    let green = "[upstream.php.set.green]\nkubernetes = { service = \"php-green\", port = \"fpm\" }\nmin_ready = 2\n[[site]]";
+    let config = toml(&api.kubeconfig(folder.path()), "active_from = \"service/php\"").replace("[[site]]", green);
+    let mut proxy = Slackwater::builder(&config).wait(Wait::Live).start().await;
+    // Nothing is served before it is known which set is the right one.
+    api.wait_requests(6).await;
+    assert_eq!(http::get(proxy.ops(), "/readyz").await.unwrap().status, 503);
+    api.service("php", &[("slackwater.dev/active", "blue")]);
+    proxy.wait_status("/readyz", 200).await;
+    assert_eq!(answered_by(&proxy).await, "pod1 hello\n");
+    assert_eq!(proxy.status().await["upstreams"]["php"]["active_by"], "annotation");
+
+    let client = LedgerClient::builder(proxy.http()).shapes(vec![Shape::get("/index.php", Expect::Hello)]).start();
+    // Too few pods, then no such set: it stays where it is, and says why once.
+    api.service("php", &[("slackwater.dev/active", "green")]);
+    proxy.wait_for_log("min_ready is 2", PATIENCE).await;
+    let warnings = proxy.status().await["warnings"].to_string();
+    assert!(warnings.contains("annotation not followed") && warnings.contains("min_ready is 2"), "{warnings}");
+    api.service("php", &[("slackwater.dev/active", "red")]);
+    proxy.wait_for_log("there is no set red; there is blue, green", PATIENCE).await;
+    assert_eq!(answered_by(&proxy).await, "pod1 hello\n");
+    api.service("php", &[("slackwater.dev/active", "green")]);
+    client.ledger().wait_more(50).await;
+    // Tried again as soon as there are enough; the second pod need not answer for that, it is never asked.
+    let more = Pod { ip: "127.0.66.9".to_owned(), conditions: serde_json::json!({}) };
+    let listener = std::net::TcpListener::bind(("127.0.66.9", port)).unwrap();
+    drop(listener);
+    let extra =
+        ScriptedFpm::builder(Behaviour::hello("pod2")).at((std::net::Ipv4Addr::new(127, 0, 66, 9), port).into()).start().await;
+    api.slice("b", "php-green", port, &[Pod::ready(pods[1].address()), more]);
+    let receipt = proxy.wait_for_log("the old set has drained", PATIENCE).await;
+    assert!(receipt.contains(r#"\"by\":\"annotation\""#) && receipt.contains(r#"\"cut\":[]"#), "{receipt}");
+    let since = Instant::now();
+    assert_eq!(answered_by(&proxy).await, "pod2 hello\n");
+    assert!(!proxy.status().await["warnings"].to_string().contains("not followed"));
+    // An operator on one replica cannot undo what all replicas are told.
+    let refused = proxy.cli(&["swap", "php", "blue"]).await;
+    let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(refused.status.code() == Some(1) && text.contains("kubectl annotate"), "{text}");
+    assert!(proxy.cli_ok(&["swap", "php", "blue", "--dry-run"]).await.contains("would be taken"));
+    client.ledger().wait_more(50).await;
+    let ledger = client.stop().await;
+    assert!(ledger.wrong_colour_since(since.into(), "pod2").is_empty());
+    ledger.assert_clean();
+    drop(extra);
+}

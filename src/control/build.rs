@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{config::Config, kubernetes::AllKnown, slices, switch::Switch};
+use super::{config::Config, slices::AllFound, switch::Switch};
 use crate::{
     model::{
         Address,
@@ -25,7 +25,7 @@ pub struct Before<'a> {
     pub workers: usize,
     /// Upstreams that are gone from the file while a request still holds a route to them.
     pub retired: &'a BTreeSet<Arc<str>>,
-    pub known: &'a AllKnown,
+    pub found: &'a AllFound,
     /// Endpoints that no snapshot names any more while a request still holds them.
     pub alive: &'a [Arc<Endpoint>],
 }
@@ -45,7 +45,7 @@ pub fn build(config: &Config, before: &Before<'_>) -> Result<Snapshot, String> {
         let mut sets = BTreeMap::new();
         for set in &from_file.sets {
             let old_set = old.and_then(|o| o.sets.get(&set.name));
-            let found = before.found(set);
+            let found = before.addresses(set);
             sets.insert(set.name.clone(), next_set(set, &found, old_set, hashed, &mut endpoints));
         }
         let Some(active_set) = sets.get(&active).cloned() else {
@@ -105,13 +105,10 @@ fn retire(old: &Upstream) -> Upstream {
 
 impl Before<'_> {
     /// The addresses of a set: those of the file, or those that Kubernetes tells.
-    fn found(&self, set: &SetConfig) -> Vec<Address> {
+    fn addresses(&self, set: &SetConfig) -> Vec<Address> {
         match &set.kubernetes {
             None => set.endpoints.clone(),
-            Some(source) => {
-                let slices = self.known.get(&source.service).and_then(|known| known.slices.as_deref());
-                slices.map_or_else(Vec::new, |slices| slices::merge(slices, &source.port).into_keys().collect())
-            }
+            Some(source) => self.found.get(source).map_or_else(Vec::new, |found| found.keys().cloned().collect()),
         }
     }
 }

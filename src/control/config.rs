@@ -53,17 +53,20 @@ pub struct UpstreamConfig {
     pub policy: Policy,
     /// As written; `None`: empty. Always the name of one of the sets.
     pub active: Option<Arc<str>>,
+    /// The Service whose annotation names the active set.
+    pub active_from: Option<Arc<str>>,
     /// In the file's order; at least one.
     pub sets: Vec<SetConfig>,
     pub assets_fallback: bool,
 }
 
 impl UpstreamConfig {
-    /// The set that the file makes active: `active`, else the only one.
+    /// The set that the file makes active: `active`, else the only one; where an annotation decides, the first until it is known.
     pub fn active_set(&self) -> Option<&Arc<str>> {
         match (&self.active, self.sets.as_slice()) {
             (Some(active), _) => Some(active),
             (None, [only]) => Some(&only.name),
+            (None, [first, ..]) if self.active_from.is_some() => Some(&first.name),
             (None, _) => None,
         }
     }

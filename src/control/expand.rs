@@ -143,6 +143,10 @@ fn upstream(out: &mut Out, name: &str, upstream: &UpstreamConfig) {
     {
         out.comment(format_args!("active: {only}, the only set"));
     }
+    out.key(
+        "active_from",
+        upstream.active_from.as_ref().map_or_else(|| quote(""), |service| quote(format_args!("service/{service}"))),
+    );
     match policy.lease {
         Some(lease) => {
             out.key("keepalive", quote("lease"));

@@ -33,6 +33,8 @@ use crate::model::settings::Kubernetes;
 
 /// The workers of each pod of a set's Service.
 pub const FPM_WORKERS: &str = "slackwater.dev/fpm-workers";
+/// The set that is to be active, on the Service that `active_from` names.
+pub const ACTIVE: &str = "slackwater.dev/active";
 /// Between two messages to the reconciler: a thousand events a second cost ten snapshots.
 const COALESCE: Duration = Duration::from_millis(100);
 /// The server ends a watch after so long, and the next one shows whether it is still there.
@@ -48,8 +50,15 @@ const LONGEST_BACK_OFF: Duration = Duration::from_secs(5);
 pub struct Known {
     /// `None`: never listed yet.
     pub slices: Option<Arc<Vec<EndpointSlice>>>,
-    /// By the Service's annotation.
+    /// `None`: not told yet.
+    pub service: Option<Annotations>,
+}
+
+/// What a Service says; one that is not there says nothing.
+#[derive(Clone, Debug, Default)]
+pub struct Annotations {
     pub workers: Option<u32>,
+    pub active: Option<Arc<str>>,
 }
 
 /// By Service.
@@ -200,7 +209,8 @@ impl Watch {
         let config =
             watcher::Config::default().fields(&format!("metadata.name={}", self.service)).timeout(WATCH_SECONDS).streaming_lists();
         self.mirror(watcher(api, config), |all| {
-            let told = all.values().next().and_then(|service| service.meta().annotations.as_ref()?.get(FPM_WORKERS));
+            let annotation = |name: &str| all.values().next().and_then(|service| service.meta().annotations.as_ref()?.get(name));
+            let told = annotation(FPM_WORKERS);
             let workers = told.and_then(|text| text.parse().ok().filter(|workers| *workers > 0));
             if let (Some(text), None) = (told, workers) {
                 tracing::warn!(
@@ -210,7 +220,8 @@ impl Watch {
                     "is not a number above 0 and does not count"
                 );
             }
-            self.update(|known| known.workers = workers);
+            let active = annotation(ACTIVE).map(|set| Arc::from(set.trim()));
+            self.update(|known| known.service = Some(Annotations { workers, active }));
         })
         .await;
     }

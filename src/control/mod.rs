@@ -62,6 +62,8 @@ pub struct Told {
     pub receipts: VecDeque<Receipt>,
     pub reload: Option<reconcile::ReloadOutcome>,
     pub warnings: Vec<String>,
+    /// Annotations that are not followed, and why.
+    pub refused: Vec<String>,
     /// Why the process is not ready yet.
     pub waiting_for: Vec<String>,
 }

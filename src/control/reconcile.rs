@@ -18,8 +18,9 @@ use super::{
     Control,
     build::{self, Before},
     config::{self, Config},
-    kubernetes::{AllKnown, Discovery},
-    rfc3339, slices,
+    kubernetes::{ACTIVE, AllKnown, Discovery},
+    rfc3339,
+    slices::{self, AllFound},
     switch::Switch,
 };
 use crate::{
@@ -27,7 +28,7 @@ use crate::{
         Phase,
         drain::{CutRequest, Receipt, Tally},
     },
-    model::{Address, Settings, Site},
+    model::{Address, Settings, Site, upstream::ServicePort},
     upstream::{
         Activation, Endpoint, Set, Snapshot,
         dispatch::now_ms,
@@ -114,6 +115,9 @@ pub struct Reconciler {
     retired: BTreeMap<Arc<str>, Vec<Weak<Site>>>,
     discovery: Option<Discovery>,
     known: AllKnown,
+    found: AllFound,
+    /// Why the annotation of an upstream is not followed, as it was said last.
+    refused: BTreeMap<Arc<str>, String>,
     /// Endpoints that a snapshot has dropped: one that comes back before its last request has ended is the same, with its slots.
     dropped: Vec<Weak<Endpoint>>,
 }
@@ -138,6 +142,8 @@ impl Reconciler {
             retired: BTreeMap::new(),
             discovery,
             known: AllKnown::default(),
+            found: AllFound::default(),
+            refused: BTreeMap::new(),
             dropped: Vec::new(),
         }
     }
@@ -168,6 +174,7 @@ impl Reconciler {
     /// Another snapshot where addresses have come or gone; what else a Service tells goes to the endpoints themselves.
     fn discovered(&mut self, known: AllKnown) {
         self.known = known;
+        self.found = self.find(&self.config);
         let next = match self.build(&self.config, &self.switch) {
             Ok(next) => next,
             Err(reason) => return tracing::error!(reason, "what Kubernetes tells cannot be put in force"),
@@ -181,10 +188,9 @@ impl Reconciler {
                     continue;
                 }
                 changed = true;
-                let count =
-                    |of: &[Arc<Endpoint>], but: &[Arc<Endpoint>]| of.iter().filter(|e| !but.iter().any(|b| b.id == e.id)).count();
-                let before = old.map_or(&[][..], |old| &old.endpoints);
-                let (came, went) = (count(&set.endpoints, before), count(before, &set.endpoints));
+                let but = |of: &[Arc<Endpoint>], other: &Set| of.iter().filter(|e| !other.has(e.id)).count();
+                let came = old.map_or(set.endpoints.len(), |old| but(&set.endpoints, old));
+                let went = old.map_or(0, |old| but(&old.endpoints, set));
                 tracing::info!(upstream = &**name, set = &**set_name, endpoints = set.endpoints.len(), came, went, "endpoints");
                 if set.endpoints.is_empty() && *set_name == upstream.activation.set {
                     tracing::error!(
@@ -197,13 +203,72 @@ impl Reconciler {
         }
         if changed {
             self.put_in_force(next, "kubernetes", FILE_TURN_BUDGET);
-            let there: BTreeSet<u64> = all_endpoints(&self.control.store.load()).map(|e| e.id).collect();
-            self.dropped.retain(|e| e.strong_count() > 0);
-            for gone in all_endpoints(&previous).filter(|e| !there.contains(&e.id)) {
-                self.dropped.push(Arc::downgrade(gone));
-                self.close_leases(gone);
+        }
+    }
+
+    /// What the sets of `config` find in what is known.
+    fn find(&self, config: &Config) -> AllFound {
+        let sources = config.upstreams.values().flat_map(|u| &u.sets).filter_map(|set| set.kubernetes.as_ref());
+        let found = |source: &ServicePort| Some(slices::merge(self.known.get(&source.service)?.slices.as_deref()?, &source.port));
+        sources.filter_map(|source| Some((source.clone(), found(source)?))).collect()
+    }
+
+    /// Turns each upstream with `active_from` to what its annotation says, or says why not. Asked after every change, so that what was refused
+    /// is tried again as soon as it can be.
+    fn follow_annotations(&mut self) {
+        let names: Vec<(Arc<str>, Arc<str>)> =
+            self.config.upstreams.iter().filter_map(|(name, u)| Some((name.clone(), u.active_from.clone()?))).collect();
+        self.refused.retain(|name, _| names.iter().any(|(n, _)| n == name));
+        for (name, service) in names {
+            let wanted = self.known.get(&service).and_then(|known| known.service.as_ref()?.active.clone());
+            match self.follow_annotation(&name, wanted) {
+                Ok(()) => drop(self.refused.remove(&name)),
+                Err(reason) if self.refused.get(&name) == Some(&reason) => {}
+                Err(reason) => {
+                    self.control.metrics.swap("refused");
+                    tracing::warn!(
+                        upstream = &*name,
+                        service = &*service,
+                        reason,
+                        "the annotation slackwater.dev/active is not followed"
+                    );
+                    self.refused.insert(name, reason);
+                }
             }
         }
+        self.control.told().refused =
+            self.refused.iter().map(|(name, reason)| format!("upstream {name}: annotation not followed: {reason}")).collect();
+    }
+
+    fn follow_annotation(&mut self, name: &Arc<str>, wanted: Option<Arc<str>>) -> Result<(), String> {
+        let snapshot = self.control.store.load_full();
+        let Some(upstream) = snapshot.upstreams.get(name) else { return Ok(()) };
+        if self.switch.annotated.get(name) == wanted.as_ref() && wanted.is_some() {
+            return Ok(());
+        }
+        let mut switch = self.switch.clone();
+        match wanted {
+            // Gone: whoever decides where there is none decides again.
+            None if switch.annotated.remove(name).is_none() => return Ok(()),
+            None => {}
+            Some(wanted) => {
+                // Nothing is served yet: then there is nothing to lose by waiting for the right set.
+                let starting = self.control.phase.get() == Phase::Starting;
+                if *upstream.active.name() != wanted {
+                    vote(&snapshot, name, &wanted, starting)?;
+                }
+                switch.annotated.insert(name.clone(), wanted);
+            }
+        }
+        let next = self.build(&self.config, &switch)?;
+        self.switch = switch;
+        let turns = self.put_in_force(next, "annotation", FILE_TURN_BUDGET);
+        if !turns.is_empty() {
+            self.control.metrics.swap("applied");
+            let active = self.control.store.load().upstreams.get(name).map(|u| u.active.name().to_string());
+            tracing::info!(upstream = &**name, set = active, by = "annotation", "swap");
+        }
+        Ok(())
     }
 
     fn close_leases(&self, endpoint: &Endpoint) {
@@ -218,11 +283,12 @@ impl Reconciler {
         let mut told: BTreeMap<u64, (&Arc<Endpoint>, bool, Option<u32>)> = BTreeMap::new();
         for upstream in snapshot.upstreams.values() {
             for set in upstream.sets.values() {
-                let known = set.config.kubernetes.as_ref().and_then(|source| Some((source, self.known.get(&source.service)?)));
-                let ready = known.and_then(|(source, known)| Some(slices::merge(known.slices.as_deref()?, &source.port)));
-                let workers = upstream.policy.workers_per_endpoint.or(known.and_then(|(_, known)| known.workers));
+                let source = set.config.kubernetes.as_ref();
+                let ready = source.and_then(|source| self.found.get(source));
+                let annotated = source.and_then(|source| self.known.get(&source.service)?.service.as_ref()?.workers);
+                let workers = upstream.policy.workers_per_endpoint.or(annotated);
                 for endpoint in &set.endpoints {
-                    let leaving = ready.as_ref().is_some_and(|found| found.get(&endpoint.address) == Some(&false));
+                    let leaving = ready.is_some_and(|found| found.get(&endpoint.address) == Some(&false));
                     let (_, all_leaving, told_workers) = told.entry(endpoint.id).or_insert((endpoint, true, None));
                     *all_leaving &= leaving;
                     *told_workers = match (*told_workers, workers) {
@@ -245,11 +311,13 @@ impl Reconciler {
 
     /// After every change: waiters, probes, readiness.
     fn settled(&mut self) {
+        self.follow_annotations();
         let snapshot = self.control.store.load_full();
         self.tell_endpoints(&snapshot);
         if let Some(discovery) = &mut self.discovery {
-            let sets = snapshot.upstreams.values().filter(|u| !u.retired).flat_map(|u| u.sets.values());
-            discovery.follow(&sets.filter_map(|set| set.config.kubernetes.as_ref()).map(|k| k.service.clone()).collect());
+            let upstreams = self.config.upstreams.values();
+            let sets = upstreams.clone().flat_map(|u| &u.sets).filter_map(|set| set.kubernetes.as_ref());
+            discovery.follow(&sets.map(|k| &k.service).chain(upstreams.filter_map(|u| u.active_from.as_ref())).cloned().collect());
         }
         for upstream in snapshot.upstreams.values() {
             for set in upstream.sets.values() {
@@ -261,12 +329,19 @@ impl Reconciler {
         }
         self.probes.follow(&snapshot);
         let now = now_ms();
-        let missing: Vec<String> = snapshot
+        let mut missing: Vec<String> = snapshot
             .upstreams
             .values()
             .filter(|u| !u.retired && u.active.usable(now) == 0)
             .map(|u| format!("upstream {} has no usable endpoint in set {}{}", u.name, u.active.name(), self.why_empty(&u.active)))
             .collect();
+        // Before that it is not known which set is the right one.
+        for (name, service) in self.config.upstreams.iter().filter_map(|(name, u)| Some((name, u.active_from.as_ref()?))) {
+            if self.known.get(service).is_none_or(|known| known.service.is_none()) {
+                let why = self.control.contacts.reason(service).map_or_else(String::new, |why| format!(": {why}"));
+                missing.push(format!("upstream {name} does not know yet what service {service} says is active{why}"));
+            }
+        }
         if missing.is_empty() && self.control.phase.get() == Phase::Starting && self.control.phase.advance(Phase::Running) {
             tracing::info!(generation = snapshot.generation, "ready");
         }
@@ -291,7 +366,7 @@ impl Reconciler {
         let workers = self.control.workers.len();
         build::build(
             config,
-            &Before { snapshot: Some(&snapshot), switch, workers, retired: &retired, known: &self.known, alive: &alive },
+            &Before { snapshot: Some(&snapshot), switch, workers, retired: &retired, found: &self.found, alive: &alive },
         )
     }
 
@@ -330,6 +405,8 @@ impl Reconciler {
         let mut switch = self.switch.clone();
         switch.prune(&config.upstreams);
         self.retire(&config);
+        // Beside what the present configuration finds: this one may still be refused.
+        self.found.extend(self.find(&config));
         let next = self.build(&config, &switch)?;
         // Nothing is torn down before its successor stands.
         self.listeners.prepare(&config.settings.listen.http).map_err(|e| e.to_string())?;
@@ -356,8 +433,11 @@ impl Reconciler {
     }
 
     /// The swap itself; every set that is not active any more is followed until it has drained.
-    fn put_in_force(&self, next: Snapshot, by: &str, budget: Duration) -> Vec<Turn> {
-        let previous = self.control.store.load();
+    fn put_in_force(&mut self, next: Snapshot, by: &str, budget: Duration) -> Vec<Turn> {
+        let previous = self.control.store.load_full();
+        let there: BTreeSet<u64> = all_endpoints(&next).map(|e| e.id).collect();
+        self.dropped.retain(|e| e.strong_count() > 0);
+        let gone: Vec<Arc<Endpoint>> = all_endpoints(&previous).filter(|e| !there.contains(&e.id)).cloned().collect();
         let mut left = Vec::new();
         for (name, old) in &previous.upstreams {
             if let Some(new) = next.upstreams.get(name)
@@ -370,6 +450,10 @@ impl Reconciler {
         // Before the swap: who ends between it and the barrier belongs to the turn too.
         let tallies: Vec<_> = left.iter().map(|(_, old, _)| old.leave()).collect();
         self.control.store.swap(Arc::new(next));
+        for endpoint in gone {
+            self.dropped.push(Arc::downgrade(&endpoint));
+            self.close_leases(&endpoint);
+        }
         left.into_iter()
             .zip(tallies)
             .map(|((name, old, to), tally)| self.follow(name, &old, tally, to, by.to_owned(), budget))
@@ -439,6 +523,12 @@ impl Reconciler {
         }
         if order.dry_run {
             return Ok(Swap::Nothing(format!("set {} of upstream {} would be taken", order.set, order.upstream)));
+        }
+        if let (Some(service), true) = (&file.active_from, self.switch.annotated.contains_key(name)) {
+            return Err(format!(
+                "the active set of upstream {name} is what service {service} says: kubectl annotate --overwrite service {service} {ACTIVE}={}",
+                order.set
+            ));
         }
         let mut switch = self.switch.clone();
         switch.choose(&order.upstream, &order.set, &order.by, file);

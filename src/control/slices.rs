@@ -10,10 +10,16 @@ use std::{
 
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
 
-use crate::model::{Address, upstream::Port};
+use crate::model::{
+    Address,
+    upstream::{Port, ServicePort},
+};
 
 /// Every endpoint once, and whether it is ready. One that is not is leaving: it finishes what it has, and is a last resort.
 pub type Found = BTreeMap<Address, bool>;
+
+/// What every set of Kubernetes finds; absent: its Service was never listed yet.
+pub type AllFound = BTreeMap<ServicePort, Found>;
 
 /// The endpoints that the slices name for `port`.
 pub fn merge<'a>(slices: impl IntoIterator<Item = &'a EndpointSlice>, port: &Port) -> Found {

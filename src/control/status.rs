@@ -40,6 +40,7 @@ pub fn status(control: &Control) -> Value {
         })
         .collect();
     let told = control.told();
+    let warnings = [&told.warnings[..], &told.refused[..]].concat();
     json!({
         "phase": control.phase.get().name(),
         "generation": snapshot.generation,
@@ -48,7 +49,7 @@ pub fn status(control: &Control) -> Value {
         "last_reload": told.reload,
         "upstreams": upstreams,
         "drains": told.receipts,
-        "warnings": told.warnings,
+        "warnings": warnings,
         "waiting_for": told.waiting_for,
     })
 }

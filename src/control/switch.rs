@@ -1,4 +1,4 @@
-//! Which set is active: an operator's swap, else the file; and the state file that lets a swap survive a restart.
+//! Which set is active: the annotation, else an operator's swap, else the file; and the state file that lets a swap survive a restart.
 //!
 //! A reload does not undo an operator's swap unless `active` itself has changed in the file since.
 
@@ -20,6 +20,9 @@ pub struct Choice {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Switch {
     pub upstreams: BTreeMap<String, Choice>,
+    /// What the annotation says and was taken, of upstreams with `active_from`. Not remembered: the cluster does that.
+    #[serde(skip)]
+    pub annotated: BTreeMap<Arc<str>, Arc<str>>,
 }
 
 impl Switch {
@@ -45,6 +48,11 @@ impl Switch {
 
     /// The set that is to be active, and by whom. `old` keeps nothing alive: the choices do.
     pub fn active(&self, name: &str, file: &UpstreamConfig, old: Option<&Upstream>) -> Option<(Arc<str>, ActiveBy)> {
+        if file.active_from.is_some()
+            && let Some(set) = self.annotated.get(name).and_then(|set| file.sets.iter().find(|s| s.name == *set))
+        {
+            return Some((set.name.clone(), ActiveBy::Annotation));
+        }
         if let Some(choice) = self.upstreams.get(name)
             && file.active_set().is_some_and(|a| **a == *choice.file_active)
             && let Some(set) = file.sets.iter().find(|s| *s.name == *choice.set)
@@ -64,6 +72,9 @@ impl Switch {
 
     /// Choices that the file has overruled, and those of upstreams that are gone, are forgotten.
     pub fn prune(&mut self, upstreams: &BTreeMap<Arc<str>, UpstreamConfig>) {
+        self.annotated.retain(|name, set| {
+            upstreams.get(name).is_some_and(|u| u.active_from.is_some() && u.sets.iter().any(|s| s.name == *set))
+        });
         self.upstreams.retain(|name, choice| {
             upstreams.get(name.as_str()).is_some_and(|u| {
                 u.active_set().is_some_and(|a| **a == *choice.file_active) && u.sets.iter().any(|s| *s.name == *choice.set)

@@ -61,13 +61,13 @@ pub struct SetConfig {
 }
 
 /// The pods behind a port of a Service.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ServicePort {
     pub service: Arc<str>,
     pub port: Port,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Port {
     /// Its name in the Service and so in its EndpointSlices.
     Name(String),

@@ -49,6 +49,8 @@ pub struct Upstream {
 pub enum ActiveBy {
     File,
     Operator(String),
+    /// Of the Service that `active_from` names.
+    Annotation,
 }
 
 impl std::fmt::Display for ActiveBy {
@@ -56,6 +58,7 @@ impl std::fmt::Display for ActiveBy {
         match self {
             ActiveBy::File => f.write_str("file"),
             ActiveBy::Operator(who) => f.write_str(who),
+            ActiveBy::Annotation => f.write_str("annotation"),
         }
     }
 }

@@ -34,6 +34,7 @@ pub const KEYS: Keys = &[
         "upstream",
         &[
             "active",
+            "active_from",
             "keepalive",
             "lease",
             "workers_per_endpoint",
@@ -98,7 +99,7 @@ const ROUTE_LATER: &[&str] = &[
 pub const LATER: Keys = &[
     ("", &["tls"]),
     ("kubernetes", &["self_service"]),
-    ("upstream", &["active_from", "assets_fallback", "lane", "lanes"]),
+    ("upstream", &["assets_fallback", "lane", "lanes"]),
     ("set", &["preflight"]),
     ("site", ROUTE_LATER),
     ("route", ROUTE_LATER),

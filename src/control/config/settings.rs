@@ -266,9 +266,13 @@ fn kubernetes(mut t: Reader<'_>, env: &dyn Fn(&str) -> Option<String>) -> Kubern
 
 /// A name of Kubernetes (RFC 1123 label).
 pub fn dns_label<'a>(v: &Value<'a>) -> Option<&'a str> {
-    let text = v.filled_text()?;
+    dns_name(v, v.filled_text()?)
+}
+
+/// As `dns_label`, of a part of the value.
+pub fn dns_name<'a>(v: &Value<'_>, text: &'a str) -> Option<&'a str> {
     let fine = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
-    if text.len() > 63 || !text.bytes().all(fine) || text.starts_with('-') || text.ends_with('-') {
+    if text.is_empty() || text.len() > 63 || !text.bytes().all(fine) || text.starts_with('-') || text.ends_with('-') {
         return v.refuse(format!("{text:?} is not a name of Kubernetes"), "write up to 63 of a-z, 0-9 and -, as in \"php-blue\"");
     }
     Some(text)

@@ -316,6 +316,9 @@ fn each_error_of_kubernetes_has_its_place_and_says_what_is_right() {
         (set("kubernetes = { service = \"php\", port = 0 }"), "3:40: `upstream.php.set.blue.kubernetes.port`: 0 is out of range"),
         (set("endpoints = [\"1.2.3.4:1\"]\nkubernetes = { service = \"php\", port = 1 }"), "has `endpoints` and `kubernetes`"),
         (set("kubernetes = { service = \"php\", port = 1 }").replace("[kubernetes]\n", ""), "add [kubernetes]"),
+        (set("").replace("[kubernetes]\n", "upstream.php.active_from = \"service/php\"\n"), "add [kubernetes]"),
+        ("upstream.php.active_from = \"php\"\n".to_owned() + &set(""), "write \"service/NAME\""),
+        ("upstream.php.active_from = \"service/\"\n".to_owned() + &set(""), "\"\" is not a name of Kubernetes"),
         ("kubernetes.namespace = \"a b\"\n".to_owned() + &set("").replace("[kubernetes]\n", ""), "1:24: `kubernetes.namespace`"),
     ] {
         let wrong = wrong(&text);
@@ -741,6 +744,7 @@ const SAMPLES: &[(&str, &str, &str)] = &[
     ("drain", "margin", "\"3s\""),
     ("drain", "receipt", "\"/r.json\""),
     ("upstream", "active", "\"blue\""),
+    ("upstream", "active_from", "\"service/php\""),
     ("upstream", "keepalive", "\"off\""),
     ("upstream", "workers_per_endpoint", "4"),
     ("upstream", "connect_timeout", "\"2s\""),
@@ -805,6 +809,9 @@ fn with(section: &str, key: &str, value: &str) -> String {
         ("site", "upstream", "\"php\""),
         ("route", "path", "\"/x\""),
     ];
+    if key == "active_from" {
+        keys.push(("kubernetes", "namespace", "\"default\""));
+    }
     // The pods of a Service stand instead of endpoints, and need a cluster.
     if section == "service" || (section, key) == ("set", "kubernetes") {
         keys.retain(|(_, k, _)| *k != "endpoints");

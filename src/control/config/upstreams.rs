@@ -11,7 +11,7 @@ use super::{
     Folder, UpstreamConfig,
     document::{Kind, Place},
     reader::{Reader, Value, nearest},
-    settings::dns_label,
+    settings::{dns_label, dns_name},
     unit,
 };
 use crate::model::{
@@ -72,16 +72,30 @@ fn upstream(name: &str, mut t: Reader<'_>, drain: &Drain, told: &mut Told, folde
             }
         },
     });
+    let active_from = t.read("active_from", None, |v| match v.text()? {
+        "" => Some(None),
+        text => match text.strip_prefix("service/") {
+            Some(service) => dns_name(v, service).map(|service| Some(Arc::from(service))),
+            None => v.refuse(
+                format!("{text:?} is not known"),
+                "write \"service/NAME\", the Service with the annotation slackwater.dev/active",
+            ),
+        },
+    });
+    if active_from.is_some() && !told.clustered {
+        let message = format!("upstream `{name}` has `active_from`, and nothing says in which namespace that Service is");
+        t.report.problem(t.place("active_from"), message, Some("add [kubernetes], which may be empty".to_owned()));
+    }
     let written = t.ask("active").is_some_and(|v| !matches!(&v.node.kind, Kind::Text(text) if text.is_empty()));
     if sets.is_empty() {
         let help = format!("add [upstream.{name}.set.blue] with endpoints = [\"127.0.0.1:9000\"]");
         t.report.problem(t.place("set"), format!("upstream `{name}` has no set"), Some(help));
-    } else if sets.len() > 1 && !written {
+    } else if sets.len() > 1 && !written && active_from.is_none() {
         let message = format!("upstream `{name}` has {} sets, and nothing says which is active", sets.len());
         t.report.problem(t.place("active"), message, Some(format!("write active = {}", names())));
     }
     t.finish();
-    UpstreamConfig { policy, active, sets, assets_fallback: false }
+    UpstreamConfig { policy, active, active_from, sets, assets_fallback: false }
 }
 
 /// A request may take longer than the drain waits for it.
