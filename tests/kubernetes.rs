@@ -303,8 +303,13 @@ async fn the_annotation_turns_traffic_and_is_refused_with_a_reason_until_it_can_
     let text = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(refused.status.code() == Some(1) && text.contains("kubectl annotate"), "{text}");
     assert!(proxy.cli_ok(&["swap", "php", "blue", "--dry-run"]).await.contains("would be taken"));
+    // A Service that is deleted turns nothing; then an operator may.
+    api.delete("services", "php");
+    proxy.wait_for_log("it is gone; set green stays active", PATIENCE).await;
     client.ledger().wait_more(50).await;
     let ledger = client.stop().await;
+    proxy.cli_ok(&["swap", "php", "blue"]).await;
+    assert_eq!(answered_by(&proxy).await, "pod1 hello\n");
     assert!(ledger.wrong_colour_since(since.into(), "pod2").is_empty());
     ledger.assert_clean();
     drop(extra);

@@ -220,7 +220,7 @@ impl Reconciler {
             self.config.upstreams.iter().filter_map(|(name, u)| Some((name.clone(), u.active_from.clone()?))).collect();
         self.refused.retain(|name, _| names.iter().any(|(n, _)| n == name));
         for (name, service) in names {
-            let wanted = self.known.get(&service).and_then(|known| known.service.as_ref()?.active.clone());
+            let wanted = self.annotated(&service);
             match self.follow_annotation(&name, wanted) {
                 Ok(()) => drop(self.refused.remove(&name)),
                 Err(reason) if self.refused.get(&name) == Some(&reason) => {}
@@ -240,26 +240,30 @@ impl Reconciler {
             self.refused.iter().map(|(name, reason)| format!("upstream {name}: annotation not followed: {reason}")).collect();
     }
 
+    fn annotated(&self, service: &Arc<str>) -> Option<Arc<str>> {
+        self.known.get(service)?.service.as_ref()?.active.clone()
+    }
+
     fn follow_annotation(&mut self, name: &Arc<str>, wanted: Option<Arc<str>>) -> Result<(), String> {
         let snapshot = self.control.store.load_full();
         let Some(upstream) = snapshot.upstreams.get(name) else { return Ok(()) };
         if self.switch.annotated.get(name) == wanted.as_ref() && wanted.is_some() {
             return Ok(());
         }
-        let mut switch = self.switch.clone();
-        match wanted {
-            // Gone: whoever decides where there is none decides again.
-            None if switch.annotated.remove(name).is_none() => return Ok(()),
-            None => {}
-            Some(wanted) => {
-                // Nothing is served yet: then there is nothing to lose by waiting for the right set.
-                let starting = self.control.phase.get() == Phase::Starting;
-                if *upstream.active.name() != wanted {
-                    vote(&snapshot, name, &wanted, starting)?;
-                }
-                switch.annotated.insert(name.clone(), wanted);
-            }
+        let Some(wanted) = wanted else {
+            // A Service that is deleted by mistake must not turn traffic.
+            return match self.switch.annotated.get(name) {
+                Some(set) => Err(format!("it is gone; set {set} stays active")),
+                None => Ok(()),
+            };
+        };
+        // Nothing is served yet: then there is nothing to lose by waiting for the right set.
+        let starting = self.control.phase.get() == Phase::Starting;
+        if *upstream.active.name() != wanted {
+            vote(&snapshot, name, &wanted, starting)?;
         }
+        let mut switch = self.switch.clone();
+        switch.annotated.insert(name.clone(), wanted);
         let next = self.build(&self.config, &switch)?;
         self.switch = switch;
         let turns = self.put_in_force(next, "annotation", FILE_TURN_BUDGET);
@@ -524,7 +528,9 @@ impl Reconciler {
         if order.dry_run {
             return Ok(Swap::Nothing(format!("set {} of upstream {} would be taken", order.set, order.upstream)));
         }
-        if let (Some(service), true) = (&file.active_from, self.switch.annotated.contains_key(name)) {
+        if let Some(service) = &file.active_from
+            && self.annotated(service).is_some()
+        {
             return Err(format!(
                 "the active set of upstream {name} is what service {service} says: kubectl annotate --overwrite service {service} {ACTIVE}={}",
                 order.set
@@ -532,6 +538,7 @@ impl Reconciler {
         }
         let mut switch = self.switch.clone();
         switch.choose(&order.upstream, &order.set, &order.by, file);
+        switch.annotated.remove(name);
         let next = self.build(&self.config, &switch)?;
         // Remembered before it is in force: a swap that was answered survives a SIGKILL.
         if let Some(path) = &self.config.settings.state {
