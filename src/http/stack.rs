@@ -2,7 +2,7 @@
 
 use std::{cell::RefCell, collections::HashMap, path::Path, path::PathBuf, rc::Rc, sync::Arc, time::Duration};
 
-use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http::{HeaderValue, Method, Request, Response, StatusCode, Version, header};
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
@@ -83,6 +83,10 @@ pub async fn serve(worker: Rc<Worker>, peer: Peer, request: Request<Incoming>) -
         let mut response = error.response::<Content>();
         if response.status() == StatusCode::METHOD_NOT_ALLOWED {
             response.headers_mut().entry(header::ALLOW).or_insert(HeaderValue::from_static(guards::ALLOW));
+        }
+        // Where a request is malformed nobody can be sure where the next one begins.
+        if error.kind == Kind::BadRequest && parts.version < Version::HTTP_2 {
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         if parts.method == Method::HEAD {
             *response.body_mut() = Content::Empty;

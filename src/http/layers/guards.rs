@@ -2,7 +2,11 @@
 
 use std::borrow::Cow;
 
-use http::{HeaderMap, Method, Version, header::HOST, request::Parts};
+use http::{
+    HeaderMap, Method, Version,
+    header::{HOST, TRANSFER_ENCODING},
+    request::Parts,
+};
 
 use crate::error::{Error, Kind};
 
@@ -38,6 +42,7 @@ pub fn check<'a>(parts: &'a Parts, limits: &Limits) -> Result<Passed<'a>, Error>
     if bytes > limits.max_header_bytes {
         return Err(Error::new(Kind::HeadersTooLarge, format!("{bytes} bytes of headers")));
     }
+    framing(parts)?;
     // TRACE would show cookies to a script; CONNECT is for forward proxies.
     if parts.method == Method::TRACE || parts.method == Method::CONNECT {
         return Err(Error::new(Kind::MethodNotAllowed, parts.method.as_str()));
@@ -72,6 +77,17 @@ pub fn effective_host(parts: &Parts) -> Result<Cow<'_, str>, Error> {
         (None, None) => return Err(Error::new(Kind::BadRequest, "no Host")),
     };
     if valid_host(host) { Ok(Cow::Borrowed(host)) } else { Err(Error::new(Kind::BadRequest, "an invalid Host")) }
+}
+
+/// hyper reads any body whose last coding is chunked. A proxy before us may have read "chunked, chunked" differently, and what the
+/// two disagree about is a second request (RFC 9112, section 6.1: chunked at most once; section 11.2).
+fn framing(parts: &Parts) -> Result<(), Error> {
+    let mut codings = parts.headers.get_all(TRANSFER_ENCODING).iter();
+    match (codings.next(), codings.next()) {
+        (None, _) => Ok(()),
+        (Some(coding), None) if coding.as_bytes().eq_ignore_ascii_case(b"chunked") => Ok(()),
+        _ => Err(Error::new(Kind::BadRequest, "Transfer-Encoding is other than one `chunked`")),
+    }
 }
 
 fn host_header(headers: &HeaderMap) -> Result<Option<&str>, Error> {

@@ -62,13 +62,22 @@ fn glob(pattern: &[u8], segment: &[u8]) -> bool {
     pattern.get(p..).is_none_or(|rest| rest.iter().all(|byte| *byte == b'*'))
 }
 
+/// What editors, package managers and people put behind a file's name when they keep the old one.
+const COPIES: [&[u8]; 10] = [b"bak", b"backup", b"old", b"orig", b"save", b"swp", b"swo", b"tmp", b"dist", b"dpkg-old"];
+
 /// Whether any segment has, in any case, a suffix that somebody has PHP run for: `.php`, `.php5`, `.phtml`, `.phar`,
 /// `.phps`, `.pht`. Also with what editors, file systems and `cgi.fix_pathinfo` forgive after it: dots, spaces, `~`,
-/// further segments (`/upload.jpg/x.php`, `/x.php/y.jpg`).
+/// further segments (`/upload.jpg/x.php`, `/x.php/y.jpg`); and the copies that are left beside a script, whose source nobody should read
+/// (`/config.php.bak`).
 pub fn looks_like_php(path: &[u8]) -> bool {
     path.split(|byte| *byte == b'/').any(|segment| {
         let end = segment.iter().rposition(u8::is_ascii_alphanumeric).map_or(0, |last| last + 1);
-        let name = segment.get(..end).unwrap_or_default();
+        let mut name = segment.get(..end).unwrap_or_default();
+        if let Some(dot) = name.iter().rposition(|byte| *byte == b'.')
+            && COPIES.iter().any(|copy| name.get(dot + 1..).is_some_and(|suffix| suffix.eq_ignore_ascii_case(copy)))
+        {
+            name = name.get(..dot).unwrap_or_default();
+        }
         let Some(dot) = name.iter().rposition(|byte| *byte == b'.') else { return false };
         let suffix = name.get(dot + 1..).unwrap_or_default();
         let Some((ph, rest)) = suffix.split_at_checked(2) else { return false };
@@ -150,10 +159,27 @@ mod tests {
             "/x.jpg.php",
             "/x.php::",
             "/x.php\u{a0}",
+            "/wp-config.php.bak",
+            "/x.PHP5.Old",
+            "/x.phtml.swp~",
         ] {
             assert!(looks_like_php(path.as_bytes()), "{path}");
         }
-        for path in ["/", "/x.css", "/php", "/x.php.jpg", "/x.phpx", "/photo.ph", "/x.phone", "/a.b/php", "/x.", "/php/x.js"] {
+        for path in [
+            "/",
+            "/x.css",
+            "/php",
+            "/x.php.jpg",
+            "/x.phpx",
+            "/photo.ph",
+            "/x.phone",
+            "/a.b/php",
+            "/x.",
+            "/php/x.js",
+            "/x.css.bak",
+            "/php.bak",
+            "/x.old",
+        ] {
             assert!(!looks_like_php(path.as_bytes()), "{path}");
         }
     }
