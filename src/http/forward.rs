@@ -122,10 +122,8 @@ pub async fn forward(worker: &Rc<Worker>, php: &Php<'_>, incoming: Incoming) -> 
         if let Some(hold) = hold {
             hold.moved_on();
         }
-        // A kept connection that had ended says nothing about the pod.
-        if !leased {
-            tried.push(endpoint.id);
-        }
+        // Others first, also after a kept connection that had ended: its pod may be stopping, and an idempotent request is sent only once more.
+        tried.push(endpoint.id);
         if matches!(error.kind, Kind::ConnectFailed | Kind::ConnectTimeout) {
             refused.push(endpoint.id);
         }
