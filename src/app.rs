@@ -44,6 +44,7 @@ use crate::{
     http::{
         files::{FileLimits, Files},
         inflight::{self, Sinks},
+        preflight,
         spill::{Budget, Buffers},
         stack::{self, Worker},
     },
@@ -52,11 +53,15 @@ use crate::{
         drain::Open,
         signal::{Signal, Signals},
     },
-    model::{Peer, Settings},
+    model::{
+        Peer, Settings,
+        upstream::{Preflight, SetConfig},
+    },
     telemetry::{access_log::AccessLog, metrics::Metrics, sink::Target, tracing::Log},
     upstream::{
-        Dispatcher, Store,
+        Dispatcher, Snapshot, Store,
         dispatch::now_ms,
+        probe::Question,
         store::{Task, Workers},
     },
 };
@@ -238,7 +243,7 @@ async fn control_plane(
     if settings.reload == crate::model::settings::ReloadMode::Watch {
         tokio::task::spawn_local(watch_files(control.clone(), path.clone(), config.files.clone()));
     }
-    let reconciler = Reconciler::new(control.clone(), path, config, switch, Box::new(listening));
+    let reconciler = Reconciler::new(control.clone(), path, config, switch, Box::new(listening), Rc::new(warm));
     let reconciling = tokio::task::spawn_local(reconciler.run(changes));
 
     let requested = control.terminate.subscribe();
@@ -274,6 +279,11 @@ async fn control_plane(
     handling.abort();
     reconciling.abort();
     cut
+}
+
+/// The request of a preflight: of the sites that are in force when it begins.
+fn warm(snapshot: &Snapshot, upstream: &str, set: &SetConfig, preflight: &Preflight) -> Result<Question, String> {
+    preflight::question(&snapshot.sites, upstream, set, preflight)
 }
 
 /// `reload = "watch"`: looks at the files' identity, time and size; a ConfigMap changes them by a renamed link.

@@ -91,6 +91,16 @@ const SEEN: &[(&str, &str)] = &[
     ("ping every", "keys a_ping_turns_an_endpoint_after_fall_and_rise"),
     ("ping fall", "keys a_ping_turns_an_endpoint_after_fall_and_rise"),
     ("ping rise", "keys a_ping_turns_an_endpoint_after_fall_and_rise"),
+    ("upstream assets_fallback", "keys a_file_of_the_other_release_is_found_where_it_is_told_to_look"),
+    ("kubernetes self_service", "fleet toml"),
+    ("set preflight", "preflight a_new_pod_gets_no_user_before_its_preflight_and_old_pods_are_not_asked"),
+    ("preflight path", "preflight a_new_pod_gets_no_user_before_its_preflight_and_old_pods_are_not_asked"),
+    ("preflight host", "preflight a_new_pod_gets_no_user_before_its_preflight_and_old_pods_are_not_asked"),
+    ("preflight https", "preflight a_new_pod_gets_no_user_before_its_preflight_and_old_pods_are_not_asked"),
+    ("preflight requests", "preflight a_new_pod_gets_no_user_before_its_preflight_and_old_pods_are_not_asked"),
+    ("preflight expect", "preflight a_new_pod_gets_no_user_before_its_preflight_and_old_pods_are_not_asked"),
+    ("preflight timeout", "preflight a_swap_waits_for_the_preflight_and_one_that_gives_up_says_why"),
+    ("preflight give_up", "preflight a_swap_waits_for_the_preflight_and_one_that_gives_up_says_why"),
     ("site hosts", "keys sites_and_routes_do_as_they_are_told"),
     ("site root", "files files_are_served_and_everything_else_goes_to_the_front"),
     ("site php_root", "files files_are_served_and_everything_else_goes_to_the_front"),
@@ -443,6 +453,57 @@ async fn a_ping_turns_an_endpoint_after_fall_and_rise() {
     let rose = until("usable").await;
     println!("fell after {fell} pings, rose after {rose}");
     assert!(fell >= 2 && rose >= 1, "one ping alone turned it: {fell} {rose}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_of_the_other_release_is_found_where_it_is_told_to_look() {
+    let (blue, green) = (hello().await, ScriptedFpm::start(Behaviour::hello("green")).await);
+    let folder = tempfile::tempdir().unwrap();
+    // Two releases, whose assets carry a hash in their names as bundlers write them; one file is in both.
+    for (release, hash, text) in [("blue", "1f3c", "old"), ("green", "9a0b", "new")] {
+        let assets = folder.path().join(release).join("assets");
+        std::fs::create_dir_all(&assets).unwrap();
+        std::fs::write(assets.join(format!("app-{hash}.css")), text).unwrap();
+        std::fs::write(assets.join("logo.svg"), text).unwrap();
+        std::fs::write(assets.join("only.php"), text).unwrap();
+        std::fs::create_dir(assets.join(text)).unwrap();
+    }
+    let text = |fallback: bool| {
+        let set = |name: &str, fpm: &ScriptedFpm| {
+            format!(
+                "[upstream.php.set.{name}]\nroot = \"{}\"\nendpoints = [\"{}\"]\n",
+                folder.path().join(name).display(),
+                fpm.address()
+            )
+        };
+        let sets = format!("{}{}[[site]]", set("blue", &blue), set("green", &green));
+        toml(&blue, "", "", &format!("active = \"blue\"\nassets_fallback = {fallback}"), "")
+            .replace(&format!("[upstream.php.set.blue]\n        endpoints = [\"{}\"]", blue.address()), "")
+            .replace("[[site]]", &sets)
+            + "[[site.route]]\npath = \"/assets/*\"\nfiles = \"or-404\"\n"
+    };
+    let proxy = Slackwater::start(&text(true)).await;
+    let get = async |path: &str| {
+        let answer = http::get(proxy.http(), path).await.unwrap();
+        (answer.status, answer.text())
+    };
+    for (set, own) in [("blue", "old"), ("green", "new")] {
+        if set == "green" {
+            proxy.cli_ok(&["swap", "php", "green", "--wait"]).await;
+        }
+        assert_eq!(get("/assets/app-1f3c.css").await, (200, "old".to_owned()), "{set}");
+        assert_eq!(get("/assets/app-9a0b.css").await, (200, "new".to_owned()), "{set}");
+        assert_eq!(get("/assets/logo.svg").await, (200, own.to_owned()), "its own goes first");
+        assert_eq!(get("/assets/app-0000.css").await.0, 404);
+        assert_eq!(get("/assets/only.php").await.0, 404, "no script runs, and none is sent");
+        let other = if own == "old" { "new" } else { "old" };
+        assert_eq!(get(&format!("/assets/{other}")).await.0, 404, "folders are not looked for elsewhere");
+        assert_eq!(get("/page").await, (200, format!("{set} hello\n")));
+    }
+    proxy.rewrite(&text(false));
+    proxy.cli_ok(&["reload"]).await;
+    assert_eq!(get("/assets/app-1f3c.css").await.0, 404);
+    assert_eq!(get("/assets/app-9a0b.css").await.0, 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -13,7 +13,7 @@ use crate::{
     },
     upstream::{
         Activation, Endpoint, Set, Snapshot, Upstream,
-        health::{Health, Probe},
+        health::{Preflight, Probe},
         snapshot::ActiveBy,
     },
 };
@@ -121,8 +121,7 @@ fn next_set(config: &SetConfig, found: &[Address], old: Option<&Arc<Set>>, hashe
     {
         return old.clone();
     }
-    let asked = config.ping.is_some() || config.status_path.is_some();
-    let list = found.iter().map(|address| endpoints.get(address, asked)).collect();
+    let list = found.iter().map(|address| endpoints.get(address, config)).collect();
     Arc::new(Set::new(config.clone(), list, hashed))
 }
 
@@ -130,6 +129,8 @@ fn next_set(config: &SetConfig, found: &[Address], old: Option<&Arc<Set>>, hashe
 struct Endpoints {
     known: HashMap<Address, Arc<Endpoint>>,
     next_id: u64,
+    /// Those from here on nobody sees yet: to change them is not a change of anything in force.
+    first_new: u64,
     workers: usize,
 }
 
@@ -144,20 +145,27 @@ impl Endpoints {
             .map(|e| (e.address.clone(), e.clone()))
             .collect();
         let next_id = known.values().map(|e| e.id).max().unwrap_or(0) + 1;
-        Endpoints { known, next_id, workers }
+        Endpoints { known, next_id, first_new: next_id, workers }
     }
 
-    fn get(&mut self, address: &Address, asked: bool) -> Arc<Endpoint> {
-        if let Some(known) = self.known.get(address) {
-            return known.clone();
+    /// Pods that served before are not asked again: only new ones wait for an answer to a probe, or for their preflight.
+    fn get(&mut self, address: &Address, set: &SetConfig) -> Arc<Endpoint> {
+        let next_id = &mut self.next_id;
+        let workers = self.workers;
+        let endpoint = self.known.entry(address.clone()).or_insert_with(|| {
+            *next_id += 1;
+            Arc::new(Endpoint::new(*next_id - 1, address.clone(), workers))
+        });
+        if endpoint.id >= self.first_new {
+            endpoint.update_health(0, |health| {
+                if set.ping.is_some() || set.status_path.is_some() {
+                    health.probe = Probe::Pending;
+                }
+                if set.preflight.is_some() {
+                    health.preflight = Preflight::Asking;
+                }
+            });
         }
-        let endpoint = Arc::new(Endpoint::new(self.next_id, address.clone(), self.workers));
-        if asked {
-            // Nobody sees it yet: this is not a change of anything in force.
-            endpoint.update_health(0, |health| *health = Health { probe: Probe::Pending, ..Health::default() });
-        }
-        self.next_id += 1;
-        self.known.insert(address.clone(), endpoint.clone());
-        endpoint
+        endpoint.clone()
     }
 }

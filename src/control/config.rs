@@ -57,7 +57,6 @@ pub struct UpstreamConfig {
     pub active_from: Option<Arc<str>>,
     /// In the file's order; at least one.
     pub sets: Vec<SetConfig>,
-    pub assets_fallback: bool,
 }
 
 impl UpstreamConfig {

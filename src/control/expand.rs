@@ -41,6 +41,7 @@ pub fn expand(config: &Config) -> String {
         out.table("[kubernetes]");
         out.key("namespace", quote(&kubernetes.namespace));
         out.key("kubeconfig", path_or_empty(kubernetes.kubeconfig.as_deref()));
+        out.key("self_service", quote(kubernetes.self_service.as_deref().unwrap_or_default()));
     }
     for (name, config) in &config.upstreams {
         upstream(&mut out, name, config);
@@ -170,9 +171,7 @@ fn upstream(out: &mut Out, name: &str, upstream: &UpstreamConfig) {
     );
     let (max, timeout) = (or_word(policy.queue.max, "off"), duration(policy.queue.timeout));
     out.key("queue", format_args!("{{ max = {max}, timeout = {timeout} }}"));
-    if upstream.assets_fallback {
-        out.key("assets_fallback", true);
-    }
+    out.key("assets_fallback", policy.assets_fallback);
     for each in &upstream.sets {
         set(out, name, each);
     }
@@ -201,6 +200,16 @@ fn set(out: &mut Out, upstream: &str, set: &SetConfig) {
             let every = duration(*every);
             out.key("ping", format_args!("{{ path = {}, every = {every}, fall = {fall}, rise = {rise} }}", quote(path)));
         }
+    }
+    if let Some(p) = &set.preflight {
+        let (timeout, give_up, host) = (duration(p.timeout), duration(p.give_up), quote(p.host.as_deref().unwrap_or_default()));
+        let (path, https, requests, (from, to)) = (quote(&p.path), p.https, p.requests, p.expect);
+        out.key(
+            "preflight",
+            format_args!(
+                "{{ path = {path}, host = {host}, https = {https}, requests = {requests}, expect = \"{from}-{to}\", timeout = {timeout}, give_up = {give_up} }}"
+            ),
+        );
     }
 }
 

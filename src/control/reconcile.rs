@@ -32,7 +32,8 @@ use crate::{
     upstream::{
         Activation, Endpoint, Snapshot,
         dispatch::now_ms,
-        probe::{Probes, Report},
+        health::Preflight,
+        probe::{Probes, Report, Warm},
         store::{InFlight, Task},
     },
 };
@@ -125,7 +126,15 @@ pub struct Reconciler {
 }
 
 impl Reconciler {
-    pub fn new(control: Arc<Control>, path: PathBuf, config: Config, switch: Switch, listeners: Box<dyn Listeners>) -> Self {
+    /// `warm` makes the request of a preflight.
+    pub fn new(
+        control: Arc<Control>,
+        path: PathBuf,
+        config: Config,
+        switch: Switch,
+        listeners: Box<dyn Listeners>,
+        warm: Warm,
+    ) -> Self {
         let changes = control.changes.clone();
         // A report that finds the channel full may be lost: another change is about to look at everything.
         let report: Report = std::rc::Rc::new(move || drop(changes.try_send(Change::Probed)));
@@ -140,7 +149,7 @@ impl Reconciler {
             config,
             switch,
             listeners,
-            probes: Probes::new(report),
+            probes: Probes::new(report, warm),
             retired: BTreeMap::new(),
             discovery,
             known: AllKnown::default(),
@@ -183,6 +192,7 @@ impl Reconciler {
             let sets = upstreams.clone().flat_map(|u| &u.sets).filter_map(|set| set.kubernetes.as_ref());
             discovery.follow(&sets.map(|k| &k.service).chain(upstreams.filter_map(|u| u.active_from.as_ref())).cloned().collect());
         }
+        self.probes.follow(&snapshot);
         for upstream in snapshot.upstreams.values() {
             for set in upstream.sets.values() {
                 for endpoint in &set.endpoints {
@@ -191,12 +201,12 @@ impl Reconciler {
             }
             upstream.wake_for_free_slots();
         }
-        self.probes.follow(&snapshot);
         let now = now_ms();
         let mut missing: Vec<String> = snapshot
             .upstreams
             .values()
-            .filter(|u| !u.retired && u.active.usable(now) == 0)
+            // Pods that are not warm are better than none: their preflight is no reason to stay out of the load balancer.
+            .filter(|u| !u.retired && u.active.usable(now) == 0 && !u.active.gave_up())
             .map(|u| format!("upstream {} has no usable endpoint in set {}{}", u.name, u.active.name(), self.why_empty(&u.active)))
             .collect();
         // Before that it is not known which set is the right one.
@@ -408,6 +418,9 @@ impl Reconciler {
             format!("upstream {} has no endpoint {address}; it has {}", upstream.name, known.join(", "))
         })?;
         found.set_disabled(disabled);
+        if !disabled && found.health().preflight == Preflight::GaveUp {
+            found.set_preflight(now_ms(), Preflight::Done, String::new());
+        }
         let what = if disabled { "disabled" } else { "enabled" };
         tracing::info!(upstream = &*upstream.name, endpoint = %address, what, "endpoint");
         Ok(format!("endpoint {address} of upstream {} is {what}", upstream.name))
@@ -422,10 +435,13 @@ fn all_endpoints(snapshot: &Snapshot) -> impl Iterator<Item = &Arc<Endpoint>> {
 pub fn vote(snapshot: &Snapshot, upstream: &str, set: &str, force: bool) -> Result<(), String> {
     let upstream = snapshot.upstreams.get(upstream).ok_or_else(|| no_such("upstream", upstream, snapshot.upstreams.keys()))?;
     let set = upstream.sets.get(set).ok_or_else(|| no_such("set", set, upstream.sets.keys()))?;
-    let (usable, wanted) = (set.usable(now_ms()), set.config.min_ready);
+    let now = now_ms();
+    let (usable, wanted) = (set.usable(now), set.config.min_ready);
     if usable < wanted && !force {
+        let first = set.endpoints.iter().map(|e| (e, e.reason(now))).find(|(_, reason)| !reason.is_empty());
+        let why = first.map_or_else(String::new, |(endpoint, reason)| format!(" ({}: {reason})", endpoint.address));
         return Err(format!(
-            "set {} of upstream {} has {usable} usable endpoints of {}, min_ready is {wanted}",
+            "set {} of upstream {} has {usable} usable endpoints of {}, min_ready is {wanted}{why}",
             set.name(),
             upstream.name,
             set.endpoints.len()

@@ -57,13 +57,13 @@ pub fn status(control: &Control) -> Value {
 fn endpoint(endpoint: &Endpoint) -> Value {
     let now = now_ms();
     let (state, reason) = if endpoint.is_disabled() {
-        ("disabled", "by an operator")
+        ("disabled", "by an operator".to_owned())
     } else if endpoint.is_leaving() {
-        ("leaving", "its pod is terminating")
+        ("leaving", "its pod is terminating".to_owned())
     } else if endpoint.is_usable(now) {
-        ("usable", "")
+        ("usable", String::new())
     } else {
-        ("unusable", endpoint.health().reason(now))
+        (if endpoint.is_cold() { "preflight" } else { "unusable" }, endpoint.reason(now))
     };
     json!({
         "address": endpoint.address.to_string(),

@@ -26,7 +26,7 @@ use crate::{
         Peer, Route, Settings, Site,
         peer::ClientInfo,
         site::PhpRoot,
-        upstream::{Balance, Policy},
+        upstream::{Balance, Policy, SetConfig},
     },
     telemetry::php_log::PhpLog,
     upstream::{Dispatcher, Ticket, Want, dispatch::now_ms, health::Health, snapshot::Hold},
@@ -161,6 +161,12 @@ async fn site_root(worker: &Worker, site: &Site) -> String {
         (PhpRoot::RealPath, Some(root)) => worker.real_path(root).await,
         (_, None) => String::new(),
     }
+}
+
+/// The release's own folder as its pods see it, else the site's.
+pub(super) fn document_root<'a>(set: &'a SetConfig, site_root: &'a str) -> &'a str {
+    let of_set = set.php_root.as_deref().or_else(|| set.root.as_ref().and_then(|p| p.to_str()));
+    of_set.unwrap_or(site_root).trim_end_matches('/')
 }
 
 /// One exchange with one endpoint. Dropped before its end (the client has left), it goes on in the reaper.
@@ -323,9 +329,7 @@ fn encode(
     body: &Buffered,
     ticket: &Ticket,
 ) -> Result<(Stdin, bool), Error> {
-    let config = &ticket.set.config;
-    let set_root = config.php_root.as_deref().or_else(|| config.root.as_ref().and_then(|p| p.to_str()));
-    let document_root = set_root.unwrap_or(site_root).trim_end_matches('/');
+    let document_root = document_root(&ticket.set.config, site_root);
     let script_filename = format!("{document_root}{}", php.script_name);
     let keep = ticket.upstream.policy.lease.is_some() && ticket.endpoint().capacity().is_some();
     out.clear();

@@ -7,6 +7,7 @@ pub mod forward;
 pub mod inflight;
 pub mod layers;
 pub mod pipe;
+pub mod preflight;
 pub mod route;
 pub mod spill;
 pub mod stack;

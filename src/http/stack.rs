@@ -16,7 +16,7 @@ use super::{
         real_ip,
         request_id::RequestId,
     },
-    route::{self, Refusal, Script, Target},
+    route::{self, Lookup, Otherwise, Refusal, Script, Step, Target},
     spill::Buffers,
 };
 use crate::{
@@ -144,7 +144,13 @@ async fn answer(
         (Target::Lookup(_), None) => return Err(Error::new(Kind::NotFound, "no root".to_owned())),
         (Target::Lookup(lookup), Some(root)) => {
             let request = FileRequest { method: &parts.method, headers: &parts.headers, path: &path, query: parts.uri.query() };
-            match worker.files.serve(request, root, &site.symlinks, lookup).await? {
+            let elsewhere = other_roots(worker, route.upstream.as_deref());
+            let served = if elsewhere.is_empty() {
+                worker.files.serve(request, root, &site.symlinks, lookup).await?
+            } else {
+                serve_from_any(worker, &site, request, root, &elsewhere, lookup).await?
+            };
+            match served {
                 Served::Response(response) => return Ok(response.map(Content::File)),
                 Served::Script(script) => script,
                 Served::Status(code) => return Ok(status(code, &[])),
@@ -191,6 +197,42 @@ fn status(code: StatusCode, headers: &[(header::HeaderName, &'static str)]) -> R
 
 fn set_root(worker: &Worker, upstream: Option<&str>) -> Option<PathBuf> {
     worker.dispatcher.store.load().upstreams.get(upstream?)?.active.config.root.clone()
+}
+
+/// `assets_fallback`: the roots of the sets that are not active.
+fn other_roots(worker: &Worker, upstream: Option<&str>) -> Vec<PathBuf> {
+    let snapshot = worker.dispatcher.store.load();
+    let Some(upstream) = upstream.and_then(|name| snapshot.upstreams.get(name)).filter(|u| u.policy.assets_fallback) else {
+        return Vec::new();
+    };
+    let others = upstream.sets.values().filter(|set| set.name() != upstream.active.name());
+    others.filter_map(|set| set.config.root.clone()).collect()
+}
+
+/// The request's own root has the first word; files alone, not scripts and indices, are looked for in the others; then what answers where
+/// nothing is there.
+async fn serve_from_any<'a>(
+    worker: &Worker,
+    site: &crate::model::Site,
+    request: FileRequest<'_>,
+    own: &Path,
+    others: &[PathBuf],
+    lookup: Lookup<'a>,
+) -> Result<Served<'a>, Error> {
+    let Lookup { steps, otherwise } = lookup;
+    let files = steps.iter().filter(|step| matches!(step, Step::File(_))).cloned().collect::<Vec<_>>();
+    let served = worker.files.serve(request, own, &site.symlinks, Lookup { steps, otherwise: Otherwise::NotFound }).await?;
+    if !matches!(served, Served::NotFound) {
+        return Ok(served);
+    }
+    for root in others {
+        let lookup = Lookup { steps: files.clone(), otherwise: Otherwise::NotFound };
+        let served = worker.files.serve(request, root, &site.symlinks, lookup).await?;
+        if !matches!(served, Served::NotFound) {
+            return Ok(served);
+        }
+    }
+    Ok(otherwise.into())
 }
 
 /// 404, and for a script that is there but not declared the line that would declare it.

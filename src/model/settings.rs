@@ -1,6 +1,6 @@
 //! Process-wide settings that requests and connections read; all of them come from the configuration.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use ipnet::IpNet;
 
@@ -24,6 +24,8 @@ pub struct Kubernetes {
     pub namespace: String,
     /// `None`: the service account of the pod, then $KUBECONFIG.
     pub kubeconfig: Option<PathBuf>,
+    /// The Service of this proxy's own replicas.
+    pub self_service: Option<Arc<str>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

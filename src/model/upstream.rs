@@ -17,6 +17,8 @@ pub struct Policy {
     pub retries: u32,
     pub balance: Balance,
     pub queue: QueuePolicy,
+    /// A static file that the active set's root lacks is looked for in those of the other sets.
+    pub assets_fallback: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +60,7 @@ pub struct SetConfig {
     /// FPM's `pm.status_listen`: the status question goes there and takes no slot.
     pub status_listen: Option<Address>,
     pub ping: Option<Ping>,
+    pub preflight: Option<Preflight>,
 }
 
 /// The pods behind a port of a Service.
@@ -81,4 +84,21 @@ pub struct Ping {
     pub every: Duration,
     pub fall: u32,
     pub rise: u32,
+}
+
+/// What a pod must answer well before its first user, so that its OPcache is warm.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Preflight {
+    pub path: String,
+    /// Chooses the site, and is what PHP sees as HTTP_HOST; `None`: the default site.
+    pub host: Option<String>,
+    pub https: bool,
+    /// Good answers in a row.
+    pub requests: u32,
+    /// Status codes from and to.
+    pub expect: (u16, u16),
+    /// Of one request, connecting included.
+    pub timeout: Duration,
+    /// Of all of them; time that it waits for a slot does not count.
+    pub give_up: Duration,
 }

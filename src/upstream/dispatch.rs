@@ -177,7 +177,7 @@ impl Dispatcher {
         let upstream = snapshot.upstreams.get(want.upstream).ok_or(NoTicket::NoUpstream)?;
         let set = &upstream.active;
         let now = now_ms();
-        let allowed = |e: &Endpoint| !e.is_disabled() && !want.refused.contains(&e.id);
+        let allowed = |e: &Endpoint| !e.is_disabled() && !e.is_cold() && !want.refused.contains(&e.id);
         // Those that have failed this request only where there is nobody else: one worker that died says nothing about the pod's others.
         let fresh = !want.tried.is_empty() && set.endpoints.iter().any(|e| allowed(e) && !want.tried.contains(&e.id));
         let may_try = |e: &Endpoint| allowed(e) && !(fresh && want.tried.contains(&e.id));

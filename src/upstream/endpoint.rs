@@ -13,7 +13,10 @@ use std::{
 
 use tokio::sync::Notify;
 
-use super::{admission::Queue, health::Health};
+use super::{
+    admission::Queue,
+    health::{Health, Preflight, Probe},
+};
 use crate::model::Address;
 
 /// Capacity not told and not learned yet: nothing is parked, nothing queued.
@@ -34,6 +37,10 @@ pub struct Endpoint {
     unusable_until_ms: AtomicU64,
     failures: AtomicU32,
     health: Mutex<Health>,
+    /// In preflight: a mirror of `health`.
+    cold: AtomicBool,
+    /// How its preflight stands, in words.
+    preflight: Mutex<String>,
     /// Probes that wait for the next slot that is given back.
     probes_waiting: AtomicU32,
     probe_granted: Notify,
@@ -57,6 +64,8 @@ impl Endpoint {
             unusable_until_ms: AtomicU64::new(0),
             failures: AtomicU32::new(0),
             health: Mutex::new(Health::default()),
+            cold: AtomicBool::new(false),
+            preflight: Mutex::default(),
             probes_waiting: AtomicU32::new(0),
             probe_granted: Notify::new(),
             last_answer_ms: AtomicU64::new(0),
@@ -144,6 +153,27 @@ impl Endpoint {
         !self.is_disabled() && !self.is_leaving() && self.unusable_until_ms.load(Ordering::Relaxed) <= now_ms
     }
 
+    /// In preflight: no user's request goes there.
+    pub fn is_cold(&self) -> bool {
+        self.cold.load(Ordering::Relaxed)
+    }
+
+    /// How its preflight stands; true if it has become usable by that.
+    pub fn set_preflight(&self, now_ms: u64, preflight: Preflight, why: String) -> bool {
+        *self.preflight.lock().unwrap_or_else(PoisonError::into_inner) = why;
+        self.update_health(now_ms, |health| health.preflight = preflight)
+    }
+
+    /// Why it is not usable; empty where nothing is to be said.
+    pub fn reason(&self, now_ms: u64) -> String {
+        let health = self.health();
+        let detail = self.preflight.lock().unwrap_or_else(PoisonError::into_inner);
+        match health.reason(now_ms) {
+            reason if health.preflight != Preflight::Done && !detail.is_empty() => format!("{reason}: {detail}"),
+            reason => reason.to_owned(),
+        }
+    }
+
     fn lock_health(&self) -> MutexGuard<'_, Health> {
         self.health.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -160,13 +190,14 @@ impl Endpoint {
         let after = health.is_usable(now_ms);
         let until = if after {
             0
-        } else if health.ejected_until_ms > now_ms && health.probe == super::health::Probe::None {
+        } else if health.ejected_until_ms > now_ms && health.probe == Probe::None && health.preflight == Preflight::Done {
             health.ejected_until_ms
         } else {
             u64::MAX
         };
         self.unusable_until_ms.store(until, Ordering::Relaxed);
         self.failures.store(health.failures, Ordering::Relaxed);
+        self.cold.store(health.preflight == Preflight::Asking, Ordering::SeqCst);
         after && !before
     }
 

@@ -13,6 +13,19 @@ pub struct Health {
     /// Not offered before then, unless nothing else is there.
     pub ejected_until_ms: u64,
     pub probe: Probe,
+    pub preflight: Preflight,
+}
+
+/// Whether the pod has yet to show that it is warm.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Preflight {
+    /// It has, or nobody asks for it.
+    #[default]
+    Done,
+    /// No user's request before it is done: not even as a last resort.
+    Asking,
+    /// A last resort from here on.
+    GaveUp,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -32,7 +45,7 @@ pub enum Probe {
 
 impl Health {
     pub fn is_usable(&self, now_ms: u64) -> bool {
-        self.ejected_until_ms <= now_ms && matches!(self.probe, Probe::None | Probe::Up { .. })
+        self.ejected_until_ms <= now_ms && matches!(self.probe, Probe::None | Probe::Up { .. }) && self.preflight == Preflight::Done
     }
 
     /// A connection could not be made, or broke before an answer.
@@ -68,6 +81,8 @@ impl Health {
 
     pub fn reason(&self, now_ms: u64) -> &'static str {
         match self.probe {
+            _ if self.preflight == Preflight::Asking => "in preflight",
+            _ if self.preflight == Preflight::GaveUp => "preflight gave up",
             Probe::Pending => "not asked yet",
             Probe::Down { .. } => "probe failed",
             _ if self.ejected_until_ms > now_ms => "ejected after failures",

@@ -1,4 +1,4 @@
-//! Everything that asks FPM by itself: ping and status, on the control plane's thread.
+//! Everything that asks FPM by itself: ping, status and preflight, on the control plane's thread.
 //!
 //! A probe takes a slot, as a user's request does. "No free slot" is never a failure, and busy is not dead: any well-formed answer
 //! means alive. A ping is skipped while the endpoint answers users; a status question is not.
@@ -6,13 +6,14 @@
 use std::{collections::BTreeMap, rc::Rc, sync::Arc, time::Duration};
 
 use bytes::BytesMut;
-use http::{HeaderMap, Method, Version};
-use tokio::task::AbortHandle;
+use http::{HeaderMap, HeaderValue, Method, Version, header};
+use tokio::{task::AbortHandle, time::Instant};
 
 use super::{
     admission::Queue,
     dispatch::now_ms,
     endpoint::Endpoint,
+    health,
     snapshot::{Set, Snapshot},
 };
 use crate::{
@@ -20,7 +21,10 @@ use crate::{
         exchange::{Conn, Event, Exchange, Stdin},
         params, record, response,
     },
-    model::{Address, upstream::SetConfig},
+    model::{
+        Address,
+        upstream::{Preflight, SetConfig},
+    },
 };
 
 const STATUS_EVERY: Duration = Duration::from_secs(10);
@@ -35,26 +39,67 @@ const ANSWER_GRACE: Duration = Duration::from_secs(1);
 /// Some 400 bytes for each process.
 const MAX_ANSWER: usize = 1024 * 1024;
 
+/// Between two requests of a preflight that did not go well.
+const PREFLIGHT_RETRY: Duration = Duration::from_millis(500);
+
 /// Told when a probe has changed something.
 pub type Report = Rc<dyn Fn()>;
+
+/// Makes the request of a preflight, as the site of its host would send it.
+pub type Warm = Rc<dyn Fn(&Snapshot, &str, &SetConfig, &Preflight) -> Result<Question, String>>;
+
+/// One GET to FPM.
+#[derive(Clone, Debug, Default)]
+pub struct Question {
+    pub uri: String,
+    pub query: String,
+    pub host: String,
+    pub https: bool,
+    pub params: Vec<(String, String)>,
+    pub script_name: String,
+    pub path_info: String,
+    pub document_root: String,
+    pub script_filename: String,
+}
+
+impl Question {
+    /// Of ping and status, which FPM answers itself.
+    fn of_fpm(path: &str, query: &str) -> Self {
+        let uri = if query.is_empty() { path.to_owned() } else { format!("{path}?{query}") };
+        let (script_name, script_filename) = (path.to_owned(), path.to_owned());
+        Question { uri, query: query.to_owned(), script_name, script_filename, ..Question::default() }
+    }
+}
 
 /// The probes that run now, by endpoint and set.
 pub struct Probes {
     report: Report,
+    warm: Warm,
     running: BTreeMap<(u64, Arc<str>), (SetConfig, AbortHandle)>,
 }
 
 impl Probes {
-    pub fn new(report: Report) -> Self {
-        Probes { report, running: BTreeMap::new() }
+    pub fn new(report: Report, warm: Warm) -> Self {
+        Probes { report, warm, running: BTreeMap::new() }
     }
 
     /// Exactly the probes of this snapshot from now on.
     pub fn follow(&mut self, snapshot: &Snapshot) {
         let mut wanted = BTreeMap::new();
         for upstream in snapshot.upstreams.values().filter(|u| !u.retired) {
-            for set in upstream.sets.values().filter(|s| s.config.ping.is_some() || s.config.status_path.is_some()) {
+            for set in upstream.sets.values() {
+                let config = &set.config;
                 for endpoint in &set.endpoints {
+                    // A reload that drops the preflight lets everybody in.
+                    if config.preflight.is_none()
+                        && endpoint.health().preflight != health::Preflight::Done
+                        && !asks(snapshot, endpoint)
+                    {
+                        endpoint.set_preflight(now_ms(), health::Preflight::Done, String::new());
+                    }
+                    if config.ping.is_none() && config.status_path.is_none() && config.preflight.is_none() {
+                        continue;
+                    }
                     wanted.insert((endpoint.id, set.name().clone()), (endpoint.clone(), set.clone(), upstream.clone()));
                 }
             }
@@ -75,11 +120,18 @@ impl Probes {
                     learns_capacity: upstream.policy.workers_per_endpoint.is_none(),
                     report: self.report.clone(),
                 };
-                let task = tokio::task::spawn_local(probe(target, set.clone())).abort_handle();
+                let question = set.config.preflight.as_ref().map(|p| (self.warm)(snapshot, &upstream.name, &set.config, p));
+                let task = tokio::task::spawn_local(probe(target, set.clone(), question)).abort_handle();
                 self.running.insert(key, (set.config.clone(), task));
             }
         }
     }
+}
+
+/// Whether any set with a preflight has this endpoint.
+fn asks(snapshot: &Snapshot, endpoint: &Endpoint) -> bool {
+    let mut sets = snapshot.upstreams.values().flat_map(|u| u.sets.values());
+    sets.any(|set| set.config.preflight.is_some() && set.has(endpoint.id))
 }
 
 struct Target {
@@ -91,7 +143,7 @@ struct Target {
 }
 
 /// Asks one endpoint as its set says, as long as it is there.
-async fn probe(target: Target, set: Arc<Set>) {
+async fn probe(target: Target, set: Arc<Set>, question: Option<Result<Question, String>>) {
     let status = async {
         let Some(path) = &set.config.status_path else { return };
         let mut told = false;
@@ -115,7 +167,7 @@ async fn probe(target: Target, set: Arc<Set>) {
             let answers_users =
                 target.endpoint.is_usable(now_ms()) && quiet_ms < ping.every.as_millis().try_into().unwrap_or(u64::MAX);
             if !answers_users && let Some(slot) = target.endpoint.try_take(&target.queue) {
-                let result = target.ask(&target.endpoint.address, &ping.path, "").await;
+                let result = target.ask_fpm(&target.endpoint.address, &ping.path, "").await;
                 drop(slot);
                 if matches!(&result, Ok((code, _)) if [403, 404].contains(code)) && !std::mem::replace(&mut told, true) {
                     tracing::warn!(endpoint = %target.endpoint.address, path = ping.path, "ping.path is not configured in FPM");
@@ -125,7 +177,13 @@ async fn probe(target: Target, set: Arc<Set>) {
             tokio::time::sleep(ping.every).await;
         }
     };
-    tokio::join!(status, ping);
+    let preflight = async {
+        let (Some(preflight), Some(question)) = (&set.config.preflight, question) else { return };
+        if target.endpoint.health().preflight != health::Preflight::Done {
+            target.preflight(preflight, question).await;
+        }
+    };
+    tokio::join!(status, ping, preflight);
 }
 
 impl Target {
@@ -145,10 +203,10 @@ impl Target {
     async fn status(&self, path: &str, listen: Option<&Address>, decides: bool, told: &mut bool) -> bool {
         let result = match listen {
             // A listener of its own: no worker answers, no slot is needed.
-            Some(address) => self.ask(address, path, "json&full").await,
+            Some(address) => self.ask_fpm(address, path, "json&full").await,
             None => {
                 let slot = self.endpoint.take_for_probe(&self.queue).await;
-                let result = self.ask(&self.endpoint.address, path, "json&full").await;
+                let result = self.ask_fpm(&self.endpoint.address, path, "json&full").await;
                 drop(slot);
                 result
             }
@@ -171,17 +229,77 @@ impl Target {
         answered
     }
 
-    /// Status code and body of FPM's answer to `path`.
-    async fn ask(&self, address: &Address, path: &str, query: &str) -> Result<(u16, Vec<u8>), String> {
+    /// Until so many good answers in a row, or until it is given up. A slot is waited for as long as it takes.
+    async fn preflight(&self, preflight: &Preflight, question: Result<Question, String>) {
+        let (mut good, mut spent) = (0, Duration::ZERO);
+        let mut last = String::new();
+        let question = match question {
+            Ok(question) => question,
+            Err(why) => return self.warmed(health::Preflight::GaveUp, why),
+        };
+        while good < preflight.requests {
+            if spent >= preflight.give_up {
+                let why =
+                    format!("{good} of {} good answers after {:?}; the last was {last}", preflight.requests, preflight.give_up);
+                return self.warmed(health::Preflight::GaveUp, why);
+            }
+            let so_far = if last.is_empty() { String::new() } else { format!("; the last was {last}") };
+            let standing = format!("{good} of {} good answers{so_far}", preflight.requests);
+            self.endpoint.set_preflight(now_ms(), health::Preflight::Asking, standing);
+            let slot = self.endpoint.take_for_probe(&self.queue).await;
+            let asked = Instant::now();
+            let limit = preflight.timeout.min(preflight.give_up.saturating_sub(spent));
+            let result = self.ask(&self.endpoint.address, &question, limit).await;
+            drop(slot);
+            let (from, to) = preflight.expect;
+            let is_good = matches!(&result, Ok((code, _)) if (from..=to).contains(code));
+            last = result.map_or_else(|why| why, |(code, _)| code.to_string());
+            if is_good {
+                good += 1;
+            } else {
+                good = 0;
+                tokio::time::sleep(PREFLIGHT_RETRY).await;
+            }
+            spent += asked.elapsed();
+        }
+        self.warmed(health::Preflight::Done, String::new());
+    }
+
+    fn warmed(&self, preflight: health::Preflight, why: String) {
+        let endpoint = &self.endpoint.address;
+        if preflight == health::Preflight::Done {
+            tracing::info!(%endpoint, "preflight done");
+        } else {
+            tracing::error!(
+                %endpoint,
+                why,
+                "preflight gave up: no requests there unless nothing else is usable; `slackwater endpoint enable` lets it in"
+            );
+        }
+        self.endpoint.set_preflight(now_ms(), preflight, why);
+        (self.report)();
+    }
+
+    async fn ask_fpm(&self, address: &Address, path: &str, query: &str) -> Result<(u16, Vec<u8>), String> {
+        self.ask(address, &Question::of_fpm(path, query), self.connect_timeout + ANSWER_GRACE).await
+    }
+
+    /// Status code and body of the answer, which may take as long as `limit`, connecting included.
+    async fn ask(&self, address: &Address, question: &Question, limit: Duration) -> Result<(u16, Vec<u8>), String> {
         let asking = async {
             let mut conn = Conn::connect(address, self.connect_timeout).await.map_err(|e| e.to_string())?;
-            encode(&mut conn.output, path, query).map_err(|e| e.to_string())?;
+            encode(&mut conn.output, question).map_err(|e| e.to_string())?;
             let mut exchange = Exchange::start(conn, Stdin::Done, true);
             let mut answer = BytesMut::new();
+            let mut size = 0;
             loop {
                 match exchange.event().await.map_err(|e| e.to_string())? {
-                    Event::Stdout(bytes) if answer.len() + bytes.len() <= MAX_ANSWER => answer.extend_from_slice(&bytes),
-                    Event::Stdout(_) => return Err("the answer is larger than 1 MiB".to_owned()),
+                    Event::Stdout(bytes) => {
+                        size += bytes.len();
+                        if size <= MAX_ANSWER {
+                            answer.extend_from_slice(&bytes);
+                        }
+                    }
                     Event::Stderr(_) => {}
                     Event::End => break,
                 }
@@ -192,33 +310,44 @@ impl Target {
                 Err(error) => Err(error.to_string()),
             }
         };
-        let limit = self.connect_timeout + ANSWER_GRACE;
         tokio::time::timeout(limit, asking).await.unwrap_or_else(|_| Err(format!("no answer in {limit:?}")))
     }
 }
 
-fn encode(out: &mut BytesMut, path: &str, query: &str) -> Result<(), params::ParamsError> {
-    let uri = if query.is_empty() { path.to_owned() } else { format!("{path}?{query}") };
+fn encode(out: &mut BytesMut, question: &Question) -> Result<(), params::ParamsError> {
+    let mut headers = HeaderMap::new();
+    if !question.host.is_empty() {
+        headers.insert(header::USER_AGENT, HeaderValue::from_static("Slackwater preflight"));
+    }
     record::put_begin_request(out, false);
     let nobody = std::net::Ipv4Addr::LOCALHOST;
     params::write(
         out,
         &params::Input {
             method: &Method::GET,
-            request_uri: &uri,
-            query,
+            request_uri: &question.uri,
+            query: &question.query,
             version: Version::HTTP_11,
-            headers: &HeaderMap::new(),
-            host: "",
+            headers: &headers,
+            host: &question.host,
             content_length: None,
             remote_addr: nobody.into(),
             remote_port: 0,
             server_addr: (nobody, 0).into(),
-            server_port: 0,
-            https: false,
+            server_port: match (question.host.is_empty(), question.https) {
+                (true, _) => 0,
+                (false, true) => 443,
+                (false, false) => 80,
+            },
+            https: question.https,
             request_id: "probe",
-            extra: &[],
-            script: params::Script { script_name: path, path_info: "", document_root: "", script_filename: path },
+            extra: &question.params,
+            script: params::Script {
+                script_name: &question.script_name,
+                path_info: &question.path_info,
+                document_root: &question.document_root,
+                script_filename: &question.script_filename,
+            },
         },
     )?;
     record::put_stdin_end(out);
@@ -237,6 +366,40 @@ fn static_workers(body: &[u8]) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A target whose endpoint nobody answers for, and its only slot.
+    fn nobody() -> (Target, super::super::endpoint::Slot) {
+        let endpoint = Arc::new(Endpoint::new(1, "unix:/nobody/listens/here".parse().unwrap(), 1));
+        endpoint.set_capacity(Some(1));
+        let queue = Arc::new(Queue::default());
+        let slot = endpoint.try_take(&queue).unwrap();
+        let connect_timeout = Duration::from_secs(1);
+        (Target { endpoint, queue, connect_timeout, learns_capacity: false, report: Rc::new(|| ()) }, slot)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_preflight_waits_for_a_slot_and_only_its_own_time_counts() {
+        let (target, slot) = nobody();
+        let preflight = Preflight {
+            path: "/".to_owned(),
+            host: None,
+            https: false,
+            requests: 3,
+            expect: (200, 200),
+            timeout: Duration::from_secs(5),
+            give_up: Duration::from_secs(10),
+        };
+        let mut asking = Box::pin(target.preflight(&preflight, Ok(Question::default())));
+        assert!(tokio::time::timeout(Duration::from_secs(3_600), &mut asking).await.is_err(), "gave up for want of a slot");
+        assert_eq!(target.endpoint.health().preflight, health::Preflight::Asking);
+        drop(slot);
+        let began = Instant::now();
+        asking.await;
+        assert_eq!(began.elapsed(), preflight.give_up);
+        assert_eq!(target.endpoint.health().preflight, health::Preflight::GaveUp);
+        let reason = target.endpoint.reason(now_ms());
+        assert!(reason.starts_with("preflight gave up: 0 of 3 good answers after 10s; the last was "), "{reason}");
+    }
 
     #[test]
     fn only_a_static_pool_tells_its_capacity() {

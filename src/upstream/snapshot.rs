@@ -11,7 +11,7 @@ use std::{
 
 use pingora_ketama::{Bucket, Continuum};
 
-use super::{admission::Queue, endpoint::Endpoint};
+use super::{admission::Queue, endpoint::Endpoint, health::Preflight};
 use crate::{
     lifecycle::drain,
     model::{
@@ -87,6 +87,11 @@ impl Set {
 
     pub fn usable(&self, now_ms: u64) -> usize {
         self.endpoints.iter().filter(|e| e.is_usable(now_ms)).count()
+    }
+
+    /// Has pods, and the preflight of each was given up.
+    pub fn gave_up(&self) -> bool {
+        !self.endpoints.is_empty() && self.endpoints.iter().all(|e| e.health().preflight == Preflight::GaveUp)
     }
 
     /// The workers of all endpoints; `None` where one is not known.

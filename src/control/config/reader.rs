@@ -201,7 +201,7 @@ fn home(key: &str, here: &str) -> Option<String> {
             "set" => "in [upstream.NAME.set.SET]".to_owned(),
             "site" => "in [[site]]".to_owned(),
             "route" => "in [[site.route]]".to_owned(),
-            inline @ ("lease" | "queue" | "ping" | "when") => format!("in `{inline} = {{ … }}`"),
+            inline @ ("lease" | "queue" | "ping" | "preflight" | "when") => format!("in `{inline} = {{ … }}`"),
             table => format!("in [{table}]"),
         })
         .collect();
@@ -279,6 +279,13 @@ impl<'a> Value<'a> {
         match self.text()? {
             "" => self.wrong(format!("`{}` is empty", self.path), None),
             text => Some(text),
+        }
+    }
+
+    pub fn boolean(&self) -> Option<bool> {
+        match &self.node.kind {
+            Kind::Boolean(value) => Some(*value),
+            _ => self.mistyped("a boolean", "write true or false".to_owned()),
         }
     }
 

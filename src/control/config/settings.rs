@@ -1,6 +1,6 @@
 //! The process-wide tables: the top of the file, `[listen]`, `[buffer]`, `[log]`, `[drain]`.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use super::{
     Folder,
@@ -259,6 +259,10 @@ fn kubernetes(mut t: Reader<'_>, env: &dyn Fn(&str) -> Option<String>) -> Kubern
     let kubernetes = Kubernetes {
         namespace: t.read("namespace", standard, |v| dns_label(v).map(str::to_owned)),
         kubeconfig: t.read("kubeconfig", None, path_or_none),
+        self_service: t.read("self_service", None, |v| match v.text()? {
+            "" => Some(None),
+            name => dns_name(v, name).map(|name| Some(Arc::from(name))),
+        }),
     };
     t.finish();
     kubernetes

@@ -140,7 +140,7 @@ fn hosts(t: &mut Reader<'_>, taken: &mut Hosts) -> Vec<String> {
 }
 
 /// A host as requests are matched: lower-case, without port and closing dot.
-fn host(v: &Value<'_>) -> Option<String> {
+pub fn host(v: &Value<'_>) -> Option<String> {
     let text = v.text()?;
     let host = text.to_ascii_lowercase();
     let host = host.strip_suffix('.').unwrap_or(&host);

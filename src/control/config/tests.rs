@@ -280,6 +280,26 @@ fn each_error_of_upstreams_has_its_place_and_says_what_is_right() {
             "1:39: set `blue` of upstream `php` has status_listen, but no status_path to ask for there\n  help: add status_path = \"/status\", FPM's pm.status_path",
         ),
         (
+            "upstream.php.set.blue.preflight = \"/\"",
+            "1:35: `upstream.php.set.blue.preflight` is a string, not a table\n  help: write { path = \"/index.php\" }; host, https, requests, expect, timeout and give_up have defaults",
+        ),
+        (
+            "upstream.php.set.blue.preflight = { host = \"a\" }",
+            "1:35: `upstream.php.set.blue.preflight`: `path` is missing\n  help: write { path = \"/index.php\" }; host, https, requests, expect, timeout and give_up have defaults",
+        ),
+        (
+            "upstream.php.set.blue.preflight = { path = \"/a b\" }",
+            "1:44: `upstream.php.set.blue.preflight.path`: \"/a b\" cannot be asked for\n  help: write path and query as a browser sends them, percent-encoded",
+        ),
+        (
+            "upstream.php.set.blue.preflight = { path = \"/\", expect = \"399-200\" }",
+            "1:58: `upstream.php.set.blue.preflight.expect`: \"399-200\" is no range of status codes\n  help: write \"200-399\", or one code as \"200\"",
+        ),
+        (
+            "upstream.php.set.blue.preflight = { path = \"/\", https = 1 }",
+            "1:57: `upstream.php.set.blue.preflight.https` is a number, not a boolean\n  help: write true or false",
+        ),
+        (
             "upstream.php.set.blue.min_ready = -1",
             "1:35: `upstream.php.set.blue.min_ready`: -1 is out of range\n  help: write a number from 0 to 1000000",
         ),
@@ -357,7 +377,7 @@ fn each_error_of_sites_and_routes_has_its_place_and_says_what_is_right() {
         ("params = { HTTP_PROXY = \"\" }".into(), "5:12: `site.params`: HTTP_PROXY cannot be set\n  help: it follows from the request and from `root`, `php_root` and `script`".into()),
         ("script = \"/*.php\"".into(), "5:10: `site.script`: \"/*.php\" is a pattern\n  help: write the path of one script".into()),
         ("front = \"\"\ntry_files = [\"$uri\", \"/a.php\"]".into(), "6:13: `try_files` ends in \"/a.php\", which `scripts` does not declare\n  help: add \"/a.php\" to the site's `scripts`".into()),
-        ("path = \"/x\"".into(), "5:1: unknown key `path` in `site`\n  help: `path` belongs in `ping = { … }` or in [[site.route]]".into()),
+        ("path = \"/x\"".into(), "5:1: unknown key `path` in `site`\n  help: `path` belongs in `ping = { … }` or in `preflight = { … }` or in [[site.route]]".into()),
         ("[site.route]\npath = \"/x\"".into(), "5:7: `site.route` is a single table\n  help: write [[site.route]], in double brackets: there can be several".into()),
         ("[[site.route]]\nfiles = \"or-404\"".into(), "5:1: a route without `path`\n  help: write path = \"/exact\", \"/prefix/*\" or '~expression'".into()),
         ("[[site.route]]\npath = \"~a(\"".into(), "6:8: `site.route.path`: \"~a(\" is not an expression: unclosed group, at its character 2\n  help: expressions are those of Rust's regex crate: no look-around, no back-references".into()),
@@ -767,6 +787,16 @@ const SAMPLES: &[(&str, &str, &str)] = &[
     ("ping", "every", "\"3s\""),
     ("ping", "fall", "3"),
     ("ping", "rise", "3"),
+    ("set", "preflight", "{ path = \"/p\" }"),
+    ("preflight", "path", "\"/p\""),
+    ("preflight", "host", "\"a.example\""),
+    ("preflight", "https", "false"),
+    ("preflight", "requests", "4"),
+    ("preflight", "expect", "\"200\""),
+    ("preflight", "timeout", "\"6s\""),
+    ("preflight", "give_up", "\"61s\""),
+    ("upstream", "assets_fallback", "true"),
+    ("kubernetes", "self_service", "\"edge\""),
     ("set", "kubernetes", "{ service = \"php\", port = 9000 }"),
     ("kubernetes", "namespace", "\"learning\""),
     ("kubernetes", "kubeconfig", "\"/k\""),
@@ -820,6 +850,9 @@ fn with(section: &str, key: &str, value: &str) -> String {
     if section == "service" {
         keys.extend([("service", "service", "\"php-blue\""), ("service", "port", "\"fpm\"")]);
     }
+    if section == "preflight" && key != "path" {
+        keys.push(("preflight", "path", "\"/p\""));
+    }
     keys.retain(|(s, k, _)| (*s, *k) != (section, key) && !(*s == "ping" && (section, key) == ("set", "ping")));
     keys.push((section, key, value));
     let mut text = [String::new(), String::new(), String::new()];
@@ -835,6 +868,7 @@ fn with(section: &str, key: &str, value: &str) -> String {
             "queue" => (0, "upstream.php.queue."),
             "set" => (0, "upstream.php.set.blue."),
             "ping" => (0, "upstream.php.set.blue.ping."),
+            "preflight" => (0, "upstream.php.set.blue.preflight."),
             "service" => (0, "upstream.php.set.blue.kubernetes."),
             "kubernetes" => (0, "kubernetes."),
             "site" => (1, ""),

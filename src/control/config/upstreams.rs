@@ -12,12 +12,13 @@ use super::{
     document::{Kind, Place},
     reader::{Reader, Value, nearest},
     settings::{dns_label, dns_name},
+    sites::host,
     unit,
 };
 use crate::model::{
     Address,
     settings::Drain,
-    upstream::{Balance, LeasePolicy, Ping, Policy, Port, QueuePolicy, ServicePort, SetConfig},
+    upstream::{Balance, LeasePolicy, Ping, Policy, Port, Preflight, QueuePolicy, ServicePort, SetConfig},
 };
 
 const DAY: u32 = 86_400;
@@ -54,6 +55,7 @@ fn upstream(name: &str, mut t: Reader<'_>, drain: &Drain, told: &mut Told, folde
         retries: t.read("retries", 2, |v| v.count_u32(0, 100)),
         balance: t.read("balance", Balance::LeastBusy, balance),
         queue: queue(t.section("queue", "queue")),
+        assets_fallback: t.read("assets_fallback", false, Value::boolean),
     };
     warn_of_cuts(&t, &format!("upstream.{name}.read_timeout"), policy.read_timeout, drain);
 
@@ -95,7 +97,7 @@ fn upstream(name: &str, mut t: Reader<'_>, drain: &Drain, told: &mut Told, folde
         t.report.problem(t.place("active"), message, Some(format!("write active = {}", names())));
     }
     t.finish();
-    UpstreamConfig { policy, active, active_from, sets, assets_fallback: false }
+    UpstreamConfig { policy, active, active_from, sets }
 }
 
 /// A request may take longer than the drain waits for it.
@@ -212,6 +214,7 @@ fn read_set(
             _ => address(v).map(Some),
         }),
         ping: t.read("ping", None, ping),
+        preflight: t.read("preflight", None, preflight),
     };
     if set.status_listen.is_some() && !t.has("status_path") {
         let help = "add status_path = \"/status\", FPM's pm.status_path".to_owned();
@@ -299,5 +302,52 @@ fn ping(v: &Value<'_>) -> Option<Option<Ping>> {
             format!("`{}` is {}, neither a path nor a table", v.path, kind.name()),
             "write \"/ping\" or { path = \"/ping\", every = \"2s\", fall = 2, rise = 2 }".to_owned(),
         ),
+    }
+}
+
+fn preflight(v: &Value<'_>) -> Option<Option<Preflight>> {
+    const HELP: &str = "write { path = \"/index.php\" }; host, https, requests, expect, timeout and give_up have defaults";
+    if !matches!(v.node.kind, Kind::Table(_)) {
+        return v.wrong(format!("`{}` is {}, not a table", v.path, v.node.kind.name()), HELP.to_owned());
+    }
+    let mut t = v.reader("preflight")?;
+    let path = t.ask("path");
+    if path.is_none() {
+        v.refuse::<()>("`path` is missing", HELP);
+    }
+    let path = path.and_then(|v| match v.filled_text()? {
+        text if !text.starts_with('/') => v.refuse(format!("{text:?} does not begin with a slash"), format!("write \"/{text}\"")),
+        text if text.bytes().any(|byte| byte <= b' ' || byte == b'#' || byte == 0x7f) => {
+            v.refuse(format!("{text:?} cannot be asked for"), "write path and query as a browser sends them, percent-encoded")
+        }
+        text => Some(text.to_owned()),
+    });
+    let preflight = Preflight {
+        path: path.clone().unwrap_or_default(),
+        host: t.read("host", None, |v| match v.text()? {
+            "" => Some(None),
+            _ => host(v).map(Some),
+        }),
+        https: t.read("https", true, Value::boolean),
+        requests: t.read("requests", 3, |v| v.count_u32(1, 1000)),
+        expect: t.read("expect", (200, 399), status_range),
+        timeout: t.read("timeout", Duration::from_secs(5), Value::timeout),
+        give_up: t.read("give_up", Duration::from_secs(60), Value::timeout),
+    };
+    t.finish();
+    path.map(|_| Some(preflight))
+}
+
+/// "200" or "200-399".
+fn status_range(v: &Value<'_>) -> Option<(u16, u16)> {
+    let text = v.text()?;
+    let code = |text: &str| text.parse::<u16>().ok().filter(|code| (100..=599).contains(code));
+    let range = match text.split_once('-') {
+        Some((from, to)) => code(from).zip(code(to)),
+        None => code(text).map(|code| (code, code)),
+    };
+    match range {
+        Some((from, to)) if from <= to => Some((from, to)),
+        _ => v.refuse(format!("{text:?} is no range of status codes"), "write \"200-399\", or one code as \"200\""),
     }
 }

@@ -76,6 +76,16 @@ pub enum Served<'a> {
     NotFound,
 }
 
+impl<'a> From<Otherwise<'a>> for Served<'a> {
+    fn from(otherwise: Otherwise<'a>) -> Self {
+        match otherwise {
+            Otherwise::Script(script) => Served::Script(script),
+            Otherwise::Status(status) => Served::Status(status),
+            Otherwise::NotFound => Served::NotFound,
+        }
+    }
+}
+
 impl Files {
     /// `pool`: a runtime whose `spawn_blocking` is the process's pool.
     pub fn new(pool: Handle, limits: FileLimits) -> Files {
@@ -103,11 +113,7 @@ impl Files {
             Answer::Redirect => Ok(Served::Response(redirect(&request))),
             Answer::Script(name) => Ok(Served::Script(Script { name: name.into(), path_info: b"", query: None })),
             Answer::Forbidden => Err(Error::new(Kind::Forbidden, "a static file that may not be read")),
-            Answer::Missing => Ok(match otherwise {
-                Otherwise::Script(script) => Served::Script(script),
-                Otherwise::Status(status) => Served::Status(status),
-                Otherwise::NotFound => Served::NotFound,
-            }),
+            Answer::Missing => Ok(otherwise.into()),
         }
     }
 
