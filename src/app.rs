@@ -31,8 +31,8 @@ use crate::{
         config::{self, Config},
         reconcile::{Change, Listeners, Reconciler},
         slices::AllFound,
+        state::State,
         status,
-        switch::Switch,
         terminate::{self, Requested},
     },
     edge::{
@@ -87,17 +87,15 @@ pub fn run(path: &Path) -> Result<u8, String> {
     for warning in &config.warnings {
         tracing::warn!("{warning}");
     }
-    let switch = match &settings.state {
-        Some(path) => {
-            let mut switch = Switch::load(path).map_err(|e| format!("state file {}: {e}", path.display()))?;
-            switch.prune(&config.upstreams);
-            switch
-        }
-        None => Switch::default(),
+    let mut state = match &settings.state {
+        Some(path) => State::load(path).map_err(|e| format!("state file {}: {e}", path.display()))?,
+        None => State::default(),
     };
+    state.switch.prune(&config.upstreams);
     let workers = settings.workers.unwrap_or_else(|| thread::available_parallelism().map_or(1, usize::from));
     let retired = BTreeSet::new();
-    let before = Before { snapshot: None, switch: &switch, workers, retired: &retired, found: &AllFound::default(), alive: &[] };
+    let before =
+        Before { snapshot: None, switch: &state.switch, workers, retired: &retired, found: &AllFound::default(), alive: &[] };
     let snapshot = build::build(&config, &before)?;
 
     let pool = Builder::new_current_thread().max_blocking_threads(POOL_THREADS).build().map_err(|e| format!("pool: {e}"))?;
@@ -195,7 +193,7 @@ pub fn run(path: &Path) -> Result<u8, String> {
         control,
         path.to_owned(),
         config,
-        switch,
+        state,
         listening,
         changes,
         admin,
@@ -215,7 +213,7 @@ async fn control_plane(
     control: Arc<Control>,
     path: PathBuf,
     config: Config,
-    switch: Switch,
+    state: State,
     mut listening: Listening,
     changes: mpsc::Receiver<Change>,
     admin: std::os::unix::net::UnixListener,
@@ -243,7 +241,7 @@ async fn control_plane(
     if settings.reload == crate::model::settings::ReloadMode::Watch {
         tokio::task::spawn_local(watch_files(control.clone(), path.clone(), config.files.clone()));
     }
-    let reconciler = Reconciler::new(control.clone(), path, config, switch, Box::new(listening), Rc::new(warm));
+    let reconciler = Reconciler::new(control.clone(), path, config, state, Box::new(listening), Rc::new(warm));
     let reconciling = tokio::task::spawn_local(reconciler.run(changes));
 
     let requested = control.terminate.subscribe();

@@ -124,6 +124,7 @@ async fn what_is_known_stays_in_force_whatever_the_api_server_does() {
     let proxy = Slackwater::start(&toml(&api.kubeconfig(folder.path()), "")).await;
     let age = async || proxy.status().await["upstreams"]["php"]["sets"]["blue"]["known_age_seconds"].as_f64();
     assert_eq!(age().await, Some(0.0));
+    // As answers_garbage, goes_silent's other half, and refusals.
     for mood in [Mood::Refuses(401), Mood::Refuses(403), Mood::Refuses(429), Mood::Refuses(500), Mood::AnswersGarbage, Mood::Silent]
     {
         let (asked, skip) = (api.requests().len(), proxy.log().len());
@@ -187,6 +188,7 @@ async fn without_pods_it_starts_and_says_why_and_requests_wait_for_the_first() {
     let skip = proxy.log().len();
     api.delete("endpointslices", "a");
     proxy.wait_for_log_after(skip, "has lost its last endpoint", PATIENCE).await;
+    assert_eq!(proxy.metric(&["slackwater_upstream_emptied_total", "set=\"blue\""]).await, Some(1.0));
     let address = proxy.http();
     let waiting = tokio::spawn(async move { http::get(address, "/index.php").await });
     let deadline = Instant::now() + PATIENCE;
@@ -238,7 +240,7 @@ async fn the_annotation_of_its_service_tells_the_workers_of_each_pod() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_flapping_service_costs_ten_snapshots_a_second_at_most() {
+async fn flaps_1000_per_second_cost_ten_snapshots_a_second_at_most() {
     let (api, pods, folder) = (ApiServer::start().await, pods(2).await, tempfile::tempdir().unwrap());
     let port = port(&pods);
     let (one, two) = (Pod::ready(pods[0].address()), Pod::ready(pods[1].address()));
@@ -246,16 +248,195 @@ async fn a_flapping_service_costs_ten_snapshots_a_second_at_most() {
     let proxy = Slackwater::start(&toml(&api.kubeconfig(folder.path()), "")).await;
     let generation = async || proxy.status().await["generation"].as_u64().unwrap();
     let (before, started) = (generation().await, Instant::now());
-    for turn in 0..1000 {
-        api.slice("a", "php-blue", port, if turn % 2 == 0 { &[] } else { std::slice::from_ref(&one) });
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+    api.flaps_1000_per_second("a", "php-blue", port, &one).await;
     api.slice("a", "php-blue", port, &[two]);
     until(&proxy, "the last word", |seen| seen.len() == 1 && seen[0].starts_with("127.0.66.2:")).await;
     let (snapshots, seconds) = (generation().await - before, started.elapsed().as_secs_f64());
     println!("{snapshots} snapshots in {seconds:.1} s of 1,001 events");
     assert!(snapshots as f64 <= seconds * 10.0 + 2.0, "{snapshots} in {seconds} s");
     assert_eq!(answered_by(&proxy).await, "pod2 hello\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn slices_are_what_the_api_says_they_are() {
+    let (api, pods, folder) = (ApiServer::start().await, pods(3).await, tempfile::tempdir().unwrap());
+    let port = port(&pods);
+    let pod = |n: usize| Pod::ready(pods[n].address()).named(&format!("pod{n}"));
+    api.two_slices_one_service("php-blue", port, &[pod(0), pod(1)], &[pod(1), pod(2)]);
+    let proxy = Slackwater::start(&toml(&api.kubeconfig(folder.path()), "")).await;
+    until(&proxy, "three of two slices", |seen| seen.len() == 3).await;
+    api.slice_without_ports("php-blue-b", "php-blue", &[pod(1), pod(2)]);
+    until(&proxy, "two, the third has no port", |seen| seen.len() == 2).await;
+    api.terminating_before_removed("php-blue-a", "php-blue", port, &pod(0), &[pod(1)]);
+    until(&proxy, "leaving", |seen| seen.iter().any(|e| e.starts_with("127.0.66.1:") && e.ends_with("leaving"))).await;
+    for _ in 0..8 {
+        assert_eq!(answered_by(&proxy).await, "pod2 hello\n");
+    }
+    for name in ["php-blue-a", "php-blue-b"] {
+        api.delete("endpointslices", name);
+    }
+    let v6 = |ip: &str, name: &str| Pod { ip: ip.to_owned(), ..pod(0) }.named(name);
+    api.dual_stack("php-blue", port, &[pod(0)], &[v6("fd00::1", "pod0"), v6("fd00::9", "only-v6")]);
+    until(&proxy, "a pod with both families once, by IPv4", |seen| {
+        seen.len() == 2 && seen[0].starts_with("127.0.66.1:") && seen[1].starts_with("[fd00::9]:")
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rotates_token_and_the_new_one_is_read_at_once() {
+    let (api, pods, folder) = (ApiServer::start().await, pods(2).await, tempfile::tempdir().unwrap());
+    let port = port(&pods);
+    api.slice("a", "php-blue", port, &[Pod::ready(pods[0].address())]);
+    let proxy = Slackwater::start(&toml(&api.kubeconfig(folder.path()), "")).await;
+    let rotated = Instant::now();
+    api.rotates_token(folder.path());
+    api.slice("a", "php-blue", port, &[Pod::ready(pods[1].address())]);
+    until(&proxy, "the second pod", |seen| seen.len() == 1 && seen[0].starts_with("127.0.66.2:")).await;
+    println!("from the rotation to the first pod that was seen with the new token: {:?}", rotated.elapsed());
+    assert_eq!(answered_by(&proxy).await, "pod2 hello\n");
+}
+
+/// Takes as long as a watch may: a silent one is only told from a quiet one by the end that does not come.
+#[tokio::test(flavor = "multi_thread")]
+async fn goes_silent_in_mid_watch_and_is_asked_anew() {
+    let (api, pods, folder) = (ApiServer::start().await, pods(2).await, tempfile::tempdir().unwrap());
+    let port = port(&pods);
+    api.slice("a", "php-blue", port, &[Pod::ready(pods[0].address())]);
+    let proxy = Slackwater::start(&toml(&api.kubeconfig(folder.path()), "")).await;
+    api.goes_silent();
+    let silent = Instant::now();
+    api.slice("a", "php-blue", port, &[Pod::ready(pods[1].address())]);
+    assert_eq!(answered_by(&proxy).await, "pod1 hello\n");
+    let promised = Duration::from_secs(76);
+    while !endpoints(&proxy).await[0].starts_with("127.0.66.2:") {
+        assert!(silent.elapsed() < promised * 2, "still believed after {:?}\n{}", silent.elapsed(), proxy.log_text());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    println!("a silent watch was given up after {:?}, {promised:?} is promised", silent.elapsed());
+    assert_eq!(answered_by(&proxy).await, "pod2 hello\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_a_state_file_what_was_known_survives_a_restart_while_the_api_server_is_down() {
+    let (api, pods, folder) = (ApiServer::start().await, pods(2).await, tempfile::tempdir().unwrap());
+    let port = port(&pods);
+    api.slice("a", "php-blue", port, &[Pod::ready(pods[0].address())]);
+    api.slice("b", "php-green", port, &[Pod::ready(pods[1].address())]);
+    api.service("php-green", &[("slackwater.dev/fpm-workers", "7")]);
+    api.service("php", &[("slackwater.dev/active", "green")]);
+    let state = folder.path().join("state.json");
+    let green = "[upstream.php.set.green]\nkubernetes = { service = \"php-green\", port = \"fpm\" }\n[[site]]";
+    let config = format!("state = \"{}\"\n", state.display())
+        + &toml(&api.kubeconfig(folder.path()), "active_from = \"service/php\"").replace("[[site]]", green);
+    let mut proxy = Slackwater::start(&config).await;
+    assert_eq!(answered_by(&proxy).await, "pod2 hello\n");
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let text = std::fs::read_to_string(&state).unwrap_or_default();
+        if text.contains("127.0.66.1:") && text.contains("127.0.66.2:") && text.contains("green") && text.contains('7') {
+            break;
+        }
+        assert!(Instant::now() < deadline, "not remembered: {text}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    proxy.kill();
+    api.stop().await;
+    let proxy = Slackwater::start(&config).await;
+    assert_eq!(answered_by(&proxy).await, "pod2 hello\n");
+    let status = proxy.status().await;
+    let green = &status["upstreams"]["php"]["sets"]["green"];
+    assert_eq!(status["upstreams"]["php"]["active_by"], "annotation");
+    assert_eq!(green["endpoints"][0]["capacity"], 7);
+    let told = async || proxy.metric(&["slackwater_kubernetes_known_age_seconds", "set=\"green\""]).await.unwrap();
+    while told().await < 1.0 {
+        assert!(Instant::now() < deadline, "the age of what is remembered is not told");
+    }
+    // The Service has never been listed by this process: what it says now counts.
+    api.slice("b", "php-green", port, &[Pod::ready(pods[0].address())]);
+    api.start_again().await;
+    let deadline = Instant::now() + PATIENCE;
+    while answered_by(&proxy).await != "pod1 hello\n" {
+        assert!(Instant::now() < deadline, "{}", proxy.log_text());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    while told().await > 0.0 {
+        assert!(Instant::now() < deadline, "what is known does not get young again");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_relist_of_a_thousand_slices_delays_neither_a_request_nor_the_health_check() {
+    let (api, pods, folder) = (ApiServer::start().await, pods(2).await, tempfile::tempdir().unwrap());
+    let port = port(&pods);
+    api.slice("a", "php-blue", port, &[Pod::ready(pods[0].address())]);
+    // A hundred endpoints each, as the slice controller fills them; of another port, so that nothing is sent to them.
+    for n in 0..1000 {
+        let many: Vec<Pod> =
+            (0..100).map(|k| Pod { ip: format!("10.{}.{}.{k}", n / 250, n % 250), ..Pod::ready(pods[0].address()) }).collect();
+        api.slice_without_ports(&format!("s{n}"), "php-blue", &many);
+    }
+    let proxy = Slackwater::start(&toml(&api.kubeconfig(folder.path()), "")).await;
+    let (http, ops) = (proxy.http(), proxy.ops());
+    let worst = async |address: std::net::SocketAddr, path: &'static str, relists: bool| {
+        let mut worst = Duration::ZERO;
+        let (mut lists, began) = (api.requests().len(), Instant::now());
+        for n in 0.. {
+            if relists && n % 50 == 0 && api.requests().len() >= lists {
+                api.relists_after_410();
+                lists = api.requests().len() + 2;
+            }
+            let at = Instant::now();
+            assert_eq!(http::get(address, path).await.unwrap().status, 200);
+            worst = worst.max(at.elapsed());
+            if began.elapsed() > Duration::from_secs(4) {
+                return (worst, n);
+            }
+        }
+        unreachable!()
+    };
+    let ((quiet, _), (quiet_ops, _)) = tokio::join!(worst(http, "/index.php", false), worst(ops, "/healthz", false));
+    let before = api.requests().len();
+    let ((busy, n), (busy_ops, m)) = tokio::join!(worst(http, "/index.php", true), worst(ops, "/healthz", false));
+    let relists =
+        api.requests()[before..].iter().filter(|r| r.contains("sendInitialEvents=true") && r.contains("endpointslices")).count();
+    println!(
+        "worst of {n} requests {busy:?} and of {m} health checks {busy_ops:?} while 1,001 slices were listed {relists} times; without {quiet:?} and {quiet_ops:?}"
+    );
+    assert!(relists >= 2, "{relists} relists only");
+    // The list takes the control plane some 100 ms each time; behind it nothing may wait. Ten times what a busy two-core machine takes.
+    assert!(busy < Duration::from_secs(1) && busy_ops < Duration::from_secs(1), "{busy:?} {busy_ops:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn when_the_selector_of_a_service_is_flipped_nothing_is_dropped() {
+    // Argo Rollouts and Flagger turn so: one Service, all whose endpoints change at once.
+    let (api, pods, folder) = (ApiServer::start().await, pods(4).await, tempfile::tempdir().unwrap());
+    let port = port(&pods);
+    let ready = |nth: [usize; 2]| nth.map(|n| Pod::ready(pods[n].address()));
+    api.slice("a", "php-blue", port, &ready([0, 1]));
+    api.service("php-blue", &[("slackwater.dev/fpm-workers", "4")]);
+    let proxy = Slackwater::start(&toml(&api.kubeconfig(folder.path()), "")).await;
+    let shapes = vec![Shape::get("/index.php", Expect::Hello), Shape::post("/index.php", 3_000, Expect::Hello)];
+    let client = LedgerClient::builder(proxy.http()).connections(8).shapes(shapes).start();
+    for turn in 0..20 {
+        client.ledger().wait_more(50).await;
+        let (now, before) = if turn % 2 == 0 { ([2, 3], [0, 1]) } else { ([0, 1], [2, 3]) };
+        api.slice("a", "php-blue", port, &ready(now));
+        until(&proxy, "flipped", |seen| {
+            seen.iter()
+                .all(|e| e.contains(&format!("127.0.66.{}:", now[0] + 1)) || e.contains(&format!("127.0.66.{}:", now[1] + 1)))
+        })
+        .await;
+        // What is on its way to the old ones ends, and nothing new goes there.
+        let settled: usize = before.iter().map(|n| pods[*n].requests().len()).sum();
+        client.ledger().wait_more(50).await;
+        let after: usize = before.iter().map(|n| pods[*n].requests().len()).sum();
+        assert!(after - settled <= 8, "{} new requests on pods that are gone", after - settled);
+    }
+    let ledger = client.stop().await;
+    println!("{}", ledger.summary());
+    ledger.assert_clean();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -281,13 +462,26 @@ async fn the_annotation_turns_traffic_and_is_refused_with_a_reason_until_it_can_
     proxy.wait_for_log("min_ready is 2", PATIENCE).await;
     let warnings = proxy.status().await["warnings"].to_string();
     assert!(warnings.contains("annotation not followed") && warnings.contains("min_ready is 2"), "{warnings}");
+    assert_eq!(proxy.metric(&["slackwater_upstream_annotation_refused", "upstream=\"php\""]).await, Some(1.0));
+    let deadline = Instant::now() + PATIENCE;
+    while !api
+        .objects("events")
+        .iter()
+        .any(|event| event["reason"] == "ActiveSetRefused" && event["message"].as_str().unwrap().contains("min_ready is 2"))
+    {
+        assert!(Instant::now() < deadline, "{:?}", api.objects("events"));
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let event = &api.objects("events")[0];
+    assert_eq!((&event["involvedObject"]["kind"], &event["involvedObject"]["name"]), (&"Service".into(), &"php".into()), "{event}");
+    assert_eq!((&event["type"], &event["source"]["component"]), (&"Warning".into(), &"slackwater".into()));
     api.service("php", &[("slackwater.dev/active", "red")]);
     proxy.wait_for_log("there is no set red; there is blue, green", PATIENCE).await;
     assert_eq!(answered_by(&proxy).await, "pod1 hello\n");
     api.service("php", &[("slackwater.dev/active", "green")]);
     client.ledger().wait_more(50).await;
     // Tried again as soon as there are enough; the second pod need not answer for that, it is never asked.
-    let more = Pod { ip: "127.0.66.9".to_owned(), conditions: serde_json::json!({}) };
+    let more = Pod { ip: "127.0.66.9".to_owned(), conditions: serde_json::json!({}), name: None };
     let listener = std::net::TcpListener::bind(("127.0.66.9", port)).unwrap();
     drop(listener);
     let extra =

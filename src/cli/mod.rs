@@ -4,8 +4,11 @@ use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 
+use crate::control::config::Config;
+
 pub mod check;
 pub mod demo;
+pub mod fleet;
 pub mod order;
 pub mod render;
 
@@ -41,7 +44,7 @@ enum Command {
     },
     /// As SIGHUP, but waits and prints the outcome
     Reload(Admin),
-    /// Turn an upstream's traffic to another set
+    /// Turn an upstream's traffic to another set: of this process, or where kubernetes.self_service and active_from are set of all replicas
     Swap {
         upstream: String,
         set: String,
@@ -100,15 +103,29 @@ pub struct Admin {
 
 impl Admin {
     fn socket(&self) -> Result<PathBuf, String> {
-        if let Some(path) = &self.admin {
-            return Ok(path.clone());
+        match &self.admin {
+            Some(path) => Ok(path.clone()),
+            None => self.load().map(|config| config.settings.listen.admin.clone()),
         }
-        crate::control::config::load(&self.config, &|name| std::env::var(name).ok())
-            .map(|config| config.settings.listen.admin.clone())
-            .map_err(|problems| {
-                let list: Vec<String> = problems.iter().map(ToString::to_string).collect();
-                format!("{}\nname the admin socket with --admin PATH, or mend the configuration", list.join("\n"))
-            })
+    }
+
+    fn load(&self) -> Result<Config, String> {
+        crate::control::config::load(&self.config, &|name| std::env::var(name).ok()).map_err(|problems| {
+            let list: Vec<String> = problems.iter().map(ToString::to_string).collect();
+            format!("{}\nname the admin socket with --admin PATH, or mend the configuration", list.join("\n"))
+        })
+    }
+
+    /// The replicas that share an annotation for this upstream, unless one process is named.
+    fn fleet(&self, upstream: &str) -> Option<fleet::Fleet> {
+        let config = if self.admin.is_none() { self.load().ok()? } else { return None };
+        let kubernetes = config.settings.kubernetes.clone()?;
+        Some(fleet::Fleet {
+            self_service: kubernetes.self_service.clone()?,
+            active_from: config.upstreams.get(upstream)?.active_from.clone()?,
+            ops_port: config.settings.listen.ops?.port(),
+            kubernetes,
+        })
     }
 }
 
@@ -128,7 +145,10 @@ pub fn main() -> ExitCode {
         Command::Swap { upstream, set, wait, timeout, dry_run, force, admin } => {
             let timeout_seconds = timeout.as_secs_f64();
             let order = crate::control::api::SwapRequest { upstream, set, wait, timeout_seconds, dry_run, force };
-            order::run(admin.socket(), order::Order::Swap(order))
+            match admin.fleet(&order.upstream) {
+                Some(fleet) => fleet::run(&fleet, &order),
+                None => order::run(admin.socket(), order::Order::Swap(order)),
+            }
         }
         Command::Status { json, admin } => order::run(admin.socket(), order::Order::Status { json }),
         Command::Endpoint { action, upstream, address, admin } => {

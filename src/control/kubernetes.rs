@@ -9,19 +9,16 @@ use std::{
     pin::pin,
     rc::Rc,
     sync::{Arc, Mutex, PoisonError},
-    task::{Context, Poll},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use futures_core::Stream;
-use http::{Request, Response};
 use k8s_openapi::api::{core::v1::Service, discovery::v1::EndpointSlice};
 use kube::{
-    Api, Client, Config, Resource,
-    client::ClientBuilder,
-    config::{KubeConfigOptions, Kubeconfig},
+    Api, Resource,
     runtime::watcher::{self, Event, watcher},
 };
+use serde::{Deserialize, Serialize};
 use tokio::{
     sync::{Notify, mpsc},
     task::AbortHandle,
@@ -31,6 +28,11 @@ use tokio::{
 use super::reconcile::Change;
 use crate::model::settings::Kubernetes;
 
+pub mod client;
+pub mod events;
+
+use client::said;
+
 /// The workers of each pod of a set's Service.
 pub const FPM_WORKERS: &str = "slackwater.dev/fpm-workers";
 /// The set that is to be active, on the Service that `active_from` names.
@@ -39,9 +41,6 @@ pub const ACTIVE: &str = "slackwater.dev/active";
 const COALESCE: Duration = Duration::from_millis(100);
 /// The server ends a watch after so long, and the next one shows whether it is still there.
 const WATCH_SECONDS: u32 = 60;
-/// A watch on which not even that end comes is half open.
-const SILENCE: Duration = Duration::from_secs(70);
-const CONNECT: Duration = Duration::from_secs(5);
 const FIRST_BACK_OFF: Duration = Duration::from_millis(800);
 const LONGEST_BACK_OFF: Duration = Duration::from_secs(5);
 
@@ -55,7 +54,7 @@ pub struct Known {
 }
 
 /// What a Service says; one that is not there says nothing.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Annotations {
     pub workers: Option<u32>,
     pub active: Option<Arc<str>>,
@@ -70,6 +69,8 @@ pub struct Contacts(Mutex<HashMap<String, Contact>>);
 
 #[derive(Clone, Debug, Default)]
 struct Contact {
+    /// By this process's predecessor, as the state file says.
+    remembered: Option<SystemTime>,
     answered: Option<Instant>,
     failing: Option<(Instant, String)>,
 }
@@ -83,11 +84,19 @@ impl Contacts {
     pub fn age(&self, service: &str) -> Option<(Duration, String)> {
         let contacts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let contact = contacts.get(service)?;
-        let answered = contact.answered?;
+        let why = || contact.failing.as_ref().map_or_else(String::new, |(_, why)| why.clone());
+        let Some(answered) = contact.answered else {
+            return Some((contact.remembered?.elapsed().unwrap_or_default(), why()));
+        };
         Some(match &contact.failing {
             Some((since, why)) if *since >= answered => (answered.elapsed(), why.clone()),
             _ => (Duration::ZERO, String::new()),
         })
+    }
+
+    /// What is known of the Service is what the state file had at that time.
+    pub fn remembered(&self, service: &str, at: SystemTime) {
+        self.change(service, |contact| contact.remembered = Some(at));
     }
 
     /// Why nothing is known, as far as it was said.
@@ -103,16 +112,23 @@ pub struct Discovery {
     known: Rc<RefCell<AllKnown>>,
     changed: Rc<Notify>,
     running: BTreeMap<Arc<str>, AbortHandle>,
+    events: mpsc::Sender<events::Said>,
 }
 
 impl Discovery {
     pub fn new(settings: Kubernetes, contacts: Arc<Contacts>, changes: mpsc::Sender<Change>) -> Self {
         let (known, changed) = (Rc::<RefCell<AllKnown>>::default(), Rc::new(Notify::new()));
         tokio::task::spawn_local(publish(known.clone(), changed.clone(), changes));
-        Discovery { settings, contacts, known, changed, running: BTreeMap::new() }
+        let events = events::start(settings.clone());
+        Discovery { settings, contacts, known, changed, running: BTreeMap::new(), events }
     }
 
-    /// Watches exactly these Services from now on.
+    /// Says something of a Service in an Event; lost where too much is said already.
+    pub fn say(&self, said: events::Said) {
+        let _ = self.events.try_send(said);
+    }
+
+    /// Watches exactly these Services from now on, and of our own the slices.
     pub fn follow(&mut self, services: &BTreeSet<Arc<str>>) {
         self.running.retain(|service, task| {
             let stays = services.contains(service);
@@ -160,18 +176,32 @@ struct Watch {
 impl Watch {
     async fn run(self) {
         let mut back_off = BackOff::default();
-        let client = loop {
-            match client(&self.settings, &self.service, &self.contacts).await {
-                Ok(client) => break client,
+        loop {
+            let began = Instant::now();
+            let client = match client::heard(&self.settings, &self.service, &self.contacts).await {
+                Ok(client) => client,
                 Err(why) => {
                     self.failed(&why);
                     back_off.wait().await;
+                    continue;
+                }
+            };
+            let slices = self.slices(Api::namespaced(client.clone(), &self.settings.namespace));
+            // Of our own Service nothing is asked but who its pods are.
+            if self.settings.self_service.as_ref() == Some(&self.service) {
+                slices.await;
+            } else {
+                let service = self.annotations(Api::namespaced(client, &self.settings.namespace));
+                tokio::select! {
+                    () = slices => {}
+                    () = service => {}
                 }
             }
-        };
-        let slices = self.slices(Api::namespaced(client.clone(), &self.settings.namespace));
-        let service = self.annotations(Api::namespaced(client, &self.settings.namespace));
-        tokio::join!(slices, service);
+            if began.elapsed() > LONGEST_BACK_OFF * 2 {
+                back_off = BackOff::default();
+            }
+            back_off.wait().await;
+        }
     }
 
     fn failed(&self, why: &str) {
@@ -226,7 +256,8 @@ impl Watch {
         .await;
     }
 
-    /// Keeps `all` as the server has it, and says so after each change. A list counts when it is complete.
+    /// Keeps `all` as the server has it, and says so after each change. A list counts when it is complete. Ends when the credentials are
+    /// refused: a client believes a token that it has read for a minute, and a new client reads it again.
     async fn mirror<K: Resource + Clone>(
         &self,
         events: impl Stream<Item = watcher::Result<Event<K>>>,
@@ -255,6 +286,9 @@ impl Watch {
                 Err(error) => {
                     self.failed(&said(&error));
                     back_off.wait().await;
+                    if is_unauthorized(&error) {
+                        return;
+                    }
                     continue;
                 }
             }
@@ -263,18 +297,15 @@ impl Watch {
     }
 }
 
-/// An error with what it comes from.
-fn said(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text = format!("{text}: {cause_text}");
-        }
-        source = cause.source();
+fn is_unauthorized(error: &watcher::Error) -> bool {
+    use watcher::Error as E;
+    match error {
+        E::InitialListFailed(kube::Error::Api(status))
+        | E::WatchStartFailed(kube::Error::Api(status))
+        | E::WatchFailed(kube::Error::Api(status)) => status.code == 401,
+        E::WatchError(status) => status.code == 401,
+        _ => false,
     }
-    text
 }
 
 /// From 0.8 s to at most 5 s, with jitter, so that replicas do not come back all at once.
@@ -291,77 +322,5 @@ impl BackOff {
         let jitter = self.0.mul_f64(rand::random_range(0.5..1.0));
         self.0 = (self.0 * 2).min(LONGEST_BACK_OFF);
         tokio::time::sleep(jitter).await;
-    }
-}
-
-/// By the file that is named, else the pod's service account, else $KUBECONFIG.
-async fn client(settings: &Kubernetes, service: &Arc<str>, contacts: &Arc<Contacts>) -> Result<Client, String> {
-    let options = KubeConfigOptions::default();
-    let mut config = match &settings.kubeconfig {
-        Some(path) => {
-            let file = Kubeconfig::read_from(path).map_err(|e| format!("kubeconfig {}: {}", path.display(), said(&e)))?;
-            Config::from_custom_kubeconfig(file, &options)
-                .await
-                .map_err(|e| format!("kubeconfig {}: {}", path.display(), said(&e)))?
-        }
-        None => match Config::incluster() {
-            Ok(config) => config,
-            Err(incluster) => match Kubeconfig::from_env() {
-                Ok(Some(file)) => {
-                    Config::from_custom_kubeconfig(file, &options).await.map_err(|e| format!("$KUBECONFIG: {}", said(&e)))?
-                }
-                Ok(None) => {
-                    return Err(format!(
-                        "no service account ({}), and neither kubernetes.kubeconfig nor $KUBECONFIG",
-                        said(&incluster)
-                    ));
-                }
-                Err(error) => return Err(format!("$KUBECONFIG: {}", said(&error))),
-            },
-        },
-    };
-    config.connect_timeout = Some(CONNECT);
-    config.read_timeout = Some(SILENCE);
-    // kube's own retry of 429, 503 and 504 backs off to 1000 s without a word; ours says what is wrong and stays below 5 s.
-    config.default_retry = false;
-    let heard = Heard { service: service.clone(), contacts: contacts.clone() };
-    let builder = ClientBuilder::try_from(config).map_err(|e| said(&e))?;
-    Ok(builder.with_layer(&tower::layer::layer_fn(|inner| Hearing { inner, heard: heard.clone() })).build())
-}
-
-#[derive(Clone)]
-struct Heard {
-    service: Arc<str>,
-    contacts: Arc<Contacts>,
-}
-
-/// Notes each good answer: a watch that goes on quietly gives no event that would show it.
-struct Hearing<S> {
-    inner: S,
-    heard: Heard,
-}
-
-impl<S, A, B> tower::Service<Request<A>> for Hearing<S>
-where
-    S: tower::Service<Request<A>, Response = Response<B>>,
-    S::Future: Send + 'static,
-{
-    type Response = S::Response;
-    type Error = S::Error;
-    type Future = std::pin::Pin<Box<dyn Future<Output = Result<Response<B>, S::Error>> + Send>>;
-
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
-        self.inner.poll_ready(cx)
-    }
-
-    fn call(&mut self, request: Request<A>) -> Self::Future {
-        let (answer, heard) = (self.inner.call(request), self.heard.clone());
-        Box::pin(async move {
-            let answer = answer.await?;
-            if answer.status().is_success() {
-                heard.contacts.change(&heard.service, |contact| contact.answered = Some(Instant::now()));
-            }
-            Ok(answer)
-        })
     }
 }

@@ -1,14 +1,17 @@
 //! What the snapshot should be: the configuration, who chose which set, and the one task that turns changes into snapshots.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
 };
 
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{mpsc, watch},
+    time::Instant,
+};
 
 use crate::{
     lifecycle::{
@@ -26,7 +29,9 @@ pub mod config;
 pub mod expand;
 pub mod kubernetes;
 pub mod reconcile;
+pub mod replicas;
 pub mod slices;
+pub mod state;
 pub mod status;
 pub mod switch;
 pub mod template;
@@ -62,10 +67,25 @@ pub struct Told {
     pub receipts: VecDeque<Receipt>,
     pub reload: Option<reconcile::ReloadOutcome>,
     pub warnings: Vec<String>,
-    /// Annotations that are not followed, and why.
-    pub refused: Vec<String>,
+    /// Upstreams whose annotation is not followed, and why.
+    pub refused: BTreeMap<Arc<str>, String>,
+    /// What the annotation says, by upstream.
+    pub annotated: BTreeMap<Arc<str>, Arc<str>>,
+    /// Turns whose old set has not drained yet, by the Activation's serial.
+    pub turning: BTreeMap<u64, Turning>,
+    /// What keeps the state file from being written.
+    pub unsaved: Option<String>,
     /// Why the process is not ready yet.
     pub waiting_for: Vec<String>,
+}
+
+/// A turn under way.
+#[derive(Clone, Debug)]
+pub struct Turning {
+    pub upstream: Arc<str>,
+    pub from: Arc<str>,
+    pub to: Arc<str>,
+    pub since: Instant,
 }
 
 impl Control {

@@ -15,12 +15,13 @@ use tokio::{
 };
 
 use super::{
-    Control,
+    Control, Turning,
     build::{self, Before},
     config::{self, Config},
-    kubernetes::{ACTIVE, AllKnown, Discovery},
+    kubernetes::{ACTIVE, AllKnown, Discovery, Known},
     rfc3339,
     slices::AllFound,
+    state::State,
     switch::Switch,
 };
 use crate::{
@@ -40,6 +41,8 @@ use crate::{
 
 mod cluster;
 
+use cluster::{Peers, remember};
+
 /// What a turn that the file asked for is expected to take at most; nothing is cut when it takes longer.
 const FILE_TURN_BUDGET: Duration = Duration::from_secs(60);
 
@@ -58,6 +61,10 @@ pub enum Change {
     },
     /// What Kubernetes tells of all Services now.
     Discovered(AllKnown),
+    /// What the other replicas serve, by upstream.
+    Peers(BTreeMap<String, String>),
+    /// What is known is to be written to the state file.
+    Remember,
     /// A probe has learned something: waiters may have a slot, the process may be ready.
     Probed,
 }
@@ -119,8 +126,17 @@ pub struct Reconciler {
     discovery: Option<Discovery>,
     known: AllKnown,
     found: AllFound,
+    /// What the state file says that was found; counts until a Service has been listed.
+    remembered: AllFound,
+    /// What was known has changed since it was written.
+    unwritten: bool,
+    /// Seconds.
+    since_written: u32,
+    /// Upstreams whose annotated set is not usable at the start, while it is not known what the peers serve.
+    waits_for_peers: Vec<Arc<str>>,
     /// Why the annotation of an upstream is not followed, as it was said last.
     refused: BTreeMap<Arc<str>, String>,
+    peers: Peers,
     /// Endpoints that a snapshot has dropped: one that comes back before its last request has ended is the same, with its slots.
     dropped: Vec<Weak<Endpoint>>,
 }
@@ -131,7 +147,7 @@ impl Reconciler {
         control: Arc<Control>,
         path: PathBuf,
         config: Config,
-        switch: Switch,
+        state: State,
         listeners: Box<dyn Listeners>,
         warm: Warm,
     ) -> Self {
@@ -143,23 +159,43 @@ impl Reconciler {
             .kubernetes
             .clone()
             .map(|settings| Discovery::new(settings, control.contacts.clone(), control.changes.clone()));
+        let (mut known, mut remembered) = (AllKnown::default(), AllFound::default());
+        let here = config.settings.kubernetes.as_ref().map(|k| &*k.namespace);
+        if let Some(told) = state.kubernetes.filter(|told| here == Some(&told.namespace)) {
+            remembered = told.found();
+            for (service, of) in &told.services {
+                control.contacts.remembered(service, told.written());
+                known.insert(service.clone(), Known { slices: None, service: of.annotations.clone() });
+            }
+        }
+        if discovery.is_some() && config.settings.state.is_some() {
+            tokio::task::spawn_local(remember(control.changes.clone()));
+        }
         Reconciler {
             control,
             path,
             config,
-            switch,
+            switch: state.switch,
             listeners,
             probes: Probes::new(report, warm),
             retired: BTreeMap::new(),
             discovery,
-            known: AllKnown::default(),
+            known,
             found: AllFound::default(),
+            remembered,
+            unwritten: false,
+            since_written: 0,
+            waits_for_peers: Vec::new(),
+            peers: Peers::default(),
             refused: BTreeMap::new(),
             dropped: Vec::new(),
         }
     }
 
     pub async fn run(mut self, mut changes: mpsc::Receiver<Change>) {
+        if !self.remembered.is_empty() {
+            self.discovered(AllKnown::default());
+        }
         self.settled();
         while let Some(change) = changes.recv().await {
             match change {
@@ -175,7 +211,15 @@ impl Reconciler {
                 Change::Endpoint { upstream, address, disabled, answer } => {
                     let _ = answer.send(self.endpoint(&upstream, &address, disabled));
                 }
-                Change::Discovered(known) => self.discovered(known),
+                Change::Discovered(known) => {
+                    self.discovered(known);
+                    self.unwritten = true;
+                }
+                Change::Peers(served) => self.peers = Peers::Told(served),
+                Change::Remember => {
+                    self.remember();
+                    continue;
+                }
                 Change::Probed => {}
             }
             self.settled();
@@ -187,10 +231,9 @@ impl Reconciler {
         self.follow_annotations();
         let snapshot = self.control.store.load_full();
         self.tell_endpoints(&snapshot);
+        let services = self.services();
         if let Some(discovery) = &mut self.discovery {
-            let upstreams = self.config.upstreams.values();
-            let sets = upstreams.clone().flat_map(|u| &u.sets).filter_map(|set| set.kubernetes.as_ref());
-            discovery.follow(&sets.map(|k| &k.service).chain(upstreams.filter_map(|u| u.active_from.as_ref())).cloned().collect());
+            discovery.follow(&services);
         }
         self.probes.follow(&snapshot);
         for upstream in snapshot.upstreams.values() {
@@ -216,6 +259,7 @@ impl Reconciler {
                 missing.push(format!("upstream {name} does not know yet what service {service} says is active{why}"));
             }
         }
+        missing.extend(self.asks_peers());
         if missing.is_empty() && self.control.phase.get() == Phase::Starting && self.control.phase.advance(Phase::Running) {
             tracing::info!(generation = snapshot.generation, "ready");
         }
@@ -329,6 +373,8 @@ impl Reconciler {
         let (receipt_sender, receipt) = oneshot::channel();
         let (serial, from, mut drained) = (old.serial, old.set.clone(), old.drained());
         let (control, started, clock) = (self.control.clone(), SystemTime::now(), Instant::now());
+        let turning = Turning { upstream: upstream.clone(), from: from.clone(), to: to.clone(), since: clock };
+        control.told().turning.insert(serial, turning);
         tokio::task::spawn_local(async move {
             let passed = control.workers.barrier().await;
             if let Err(workers) = &passed {
@@ -356,6 +402,7 @@ impl Reconciler {
             tally.add_to(&mut receipt);
             tracing::info!(receipt = %serde_json::to_string(&receipt).unwrap_or_default(), "the old set has drained");
             control.add_receipt(receipt.clone());
+            control.told().turning.remove(&serial);
             let _ = receipt_sender.send(receipt);
         });
         Turn { barrier, receipt, old_serial: serial }
@@ -398,10 +445,12 @@ impl Reconciler {
         let mut switch = self.switch.clone();
         switch.choose(&order.upstream, &order.set, &order.by, file);
         switch.annotated.remove(name);
+        switch.peers.remove(name);
         let next = self.build(&self.config, &switch)?;
         // Remembered before it is in force: a swap that was answered survives a SIGKILL.
         if let Some(path) = &self.config.settings.state {
-            switch.save(path).map_err(|e| format!("the swap cannot be remembered in {}: {e}", path.display()))?;
+            let state = State { switch: switch.clone(), kubernetes: self.to_remember() };
+            state.save(path).map_err(|e| format!("the swap cannot be remembered in {}: {e}", path.display()))?;
         }
         self.switch = switch;
         let mut turns = self.put_in_force(next, &order.by, order.budget);

@@ -23,13 +23,22 @@ pub type AllFound = BTreeMap<ServicePort, Found>;
 
 /// The endpoints that the slices name for `port`.
 pub fn merge<'a>(slices: impl IntoIterator<Item = &'a EndpointSlice>, port: &Port) -> Found {
+    merge_by(slices, |slice| port_of(slice, port))
+}
+
+/// The endpoints of the slices, on a port that the slices need not name.
+pub fn merge_any<'a>(slices: impl IntoIterator<Item = &'a EndpointSlice>, port: u16) -> Found {
+    merge_by(slices, |_| Some(port))
+}
+
+fn merge_by<'a>(slices: impl IntoIterator<Item = &'a EndpointSlice>, port: impl Fn(&EndpointSlice) -> Option<u16>) -> Found {
     // IPv4 first: of a pod that stands there with both families one address is taken, for its workers are there once.
     let mut slices: Vec<&EndpointSlice> = slices.into_iter().filter(|s| matches!(&*s.address_type, "IPv4" | "IPv6")).collect();
     slices.sort_by(|a, b| a.address_type.cmp(&b.address_type));
     let mut found = Found::new();
     let mut pods: BTreeSet<(&str, &str)> = BTreeSet::new();
     for slice in slices {
-        let Some(port) = port_of(slice, port) else { continue };
+        let Some(port) = port(slice) else { continue };
         for endpoint in &slice.endpoints {
             let Some(ready) = condition(endpoint) else { continue };
             let Some(ip) = endpoint.addresses.first().and_then(|a| a.parse::<IpAddr>().ok()) else { continue };

@@ -10,6 +10,7 @@ use crate::{
 
 pub fn status(control: &Control) -> Value {
     let snapshot = control.store.load();
+    let told = control.told();
     let upstreams: Map<String, Value> = snapshot
         .upstreams
         .iter()
@@ -30,17 +31,26 @@ pub fn status(control: &Control) -> Value {
                     (set_name.to_string(), value)
                 })
                 .collect();
+            let draining: Vec<Value> = told
+                .turning
+                .values()
+                .filter(|turn| turn.upstream == *name)
+                .map(|turn| json!({ "from": &*turn.from, "to": &*turn.to, "seconds": turn.since.elapsed().as_secs_f64() }))
+                .collect();
             let value = json!({
                 "active": &*upstream.activation.set,
                 "active_by": upstream.active_by.to_string(),
+                "annotation": told.annotated.get(name),
+                "refused": told.refused.get(name),
+                "draining": draining,
                 "queued": queued,
                 "sets": sets,
             });
             (name.to_string(), value)
         })
         .collect();
-    let told = control.told();
-    let warnings = [&told.warnings[..], &told.refused[..]].concat();
+    let refused = told.refused.iter().map(|(name, reason)| format!("upstream {name}: annotation not followed: {reason}"));
+    let warnings: Vec<String> = told.warnings.iter().cloned().chain(refused).chain(told.unsaved.clone()).collect();
     json!({
         "phase": control.phase.get().name(),
         "generation": snapshot.generation,
@@ -93,6 +103,7 @@ fn saturation(set: &Set, queued: usize) -> Option<f64> {
 
 pub fn gauges(control: &Control, memory: u64, disk: u64) -> Gauges {
     let snapshot = control.store.load();
+    let refused = control.told().refused.clone();
     let upstreams = snapshot
         .upstreams
         .values()
@@ -111,10 +122,16 @@ pub fn gauges(control: &Control, memory: u64, disk: u64) -> Gauges {
                         parked: set.endpoints.iter().map(|e| u64::from(e.parked())).sum(),
                         usable: set.usable(now_ms()) as u64,
                         saturation: saturation(set, if active { queued } else { 0 }),
+                        known_age: set.config.kubernetes.as_ref().and_then(|_| known_age(control, set)),
                     }
                 })
                 .collect();
-            UpstreamGauge { name: upstream.name.clone(), queued: queued as u64, sets }
+            UpstreamGauge {
+                name: upstream.name.clone(),
+                queued: queued as u64,
+                sets,
+                refused: refused.contains_key(&upstream.name),
+            }
         })
         .collect();
     Gauges {

@@ -1,8 +1,8 @@
-//! Which set is active: the annotation, else an operator's swap, else the file; and the state file that lets a swap survive a restart.
+//! Which set is active: the annotation, else what the peers serve, else an operator's swap, else the file.
 //!
 //! A reload does not undo an operator's swap unless `active` itself has changed in the file since.
 
-use std::{collections::BTreeMap, fs, io, io::Write, path::Path, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
@@ -23,35 +23,23 @@ pub struct Switch {
     /// What the annotation says and was taken, of upstreams with `active_from`. Not remembered: the cluster does that.
     #[serde(skip)]
     pub annotated: BTreeMap<Arc<str>, Arc<str>>,
+    /// What the other replicas served when this one started and could not follow the annotation.
+    #[serde(skip)]
+    pub peers: BTreeMap<Arc<str>, Arc<str>>,
 }
 
 impl Switch {
-    /// A missing file is an empty one; a broken one is an error.
-    pub fn load(path: &Path) -> io::Result<Switch> {
-        match fs::read(path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Switch::default()),
-            Err(e) => Err(e),
-            Ok(bytes) => serde_json::from_slice(&bytes).map_err(io::Error::other),
-        }
-    }
-
-    /// Whole or not at all: a SIGKILL in between leaves what was there.
-    pub fn save(&self, path: &Path) -> io::Result<()> {
-        let folder = path.parent().unwrap_or(Path::new("/"));
-        let temporary = path.with_extension("new");
-        let mut file = fs::File::create(&temporary)?;
-        file.write_all(&serde_json::to_vec_pretty(self).map_err(io::Error::other)?)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)?;
-        fs::File::open(folder)?.sync_all()
-    }
-
     /// The set that is to be active, and by whom. `old` keeps nothing alive: the choices do.
     pub fn active(&self, name: &str, file: &UpstreamConfig, old: Option<&Upstream>) -> Option<(Arc<str>, ActiveBy)> {
         if file.active_from.is_some()
             && let Some(set) = self.annotated.get(name).and_then(|set| file.sets.iter().find(|s| s.name == *set))
         {
             return Some((set.name.clone(), ActiveBy::Annotation));
+        }
+        if file.active_from.is_some()
+            && let Some(set) = self.peers.get(name).and_then(|set| file.sets.iter().find(|s| s.name == *set))
+        {
+            return Some((set.name.clone(), ActiveBy::Peers));
         }
         if let Some(choice) = self.upstreams.get(name)
             && file.active_set().is_some_and(|a| **a == *choice.file_active)
@@ -72,9 +60,11 @@ impl Switch {
 
     /// Choices that the file has overruled, and those of upstreams that are gone, are forgotten.
     pub fn prune(&mut self, upstreams: &BTreeMap<Arc<str>, UpstreamConfig>) {
-        self.annotated.retain(|name, set| {
-            upstreams.get(name).is_some_and(|u| u.active_from.is_some() && u.sets.iter().any(|s| s.name == *set))
-        });
+        for told in [&mut self.annotated, &mut self.peers] {
+            told.retain(|name, set| {
+                upstreams.get(name).is_some_and(|u| u.active_from.is_some() && u.sets.iter().any(|s| s.name == *set))
+            });
+        }
         self.upstreams.retain(|name, choice| {
             upstreams.get(name.as_str()).is_some_and(|u| {
                 u.active_set().is_some_and(|a| **a == *choice.file_active) && u.sets.iter().any(|s| *s.name == *choice.set)

@@ -82,6 +82,10 @@ metrics! {
     SATURATION = Gauge "slackwater_upstream_saturation" ["upstream", "set"]
         "Busy workers as a part of the capacity, 0 to 1; absent where that is not known.";
     USABLE = Gauge "slackwater_upstream_endpoints_usable" ["upstream", "set"] "Endpoints that may be given requests.";
+    KNOWN_AGE = Gauge "slackwater_kubernetes_known_age_seconds" ["upstream", "set"]
+        "Age of what Kubernetes has told of the set's Service; 0 while it is watched, absent before the first list.";
+    REFUSED = Gauge "slackwater_upstream_annotation_refused" ["upstream"] "1 while slackwater.dev/active cannot be followed, else 0.";
+    EMPTIED = Counter "slackwater_upstream_emptied_total" ["upstream", "set"] "Times that the active set has lost its last endpoint.";
     ACTIVE = Gauge "slackwater_upstream_active_set" ["upstream", "set"] "1 for the set that gets the traffic, else 0.";
     PHASE = Gauge "slackwater_phase" ["phase"] "1 for the phase that the process is in, else 0.";
     GENERATION = Gauge "slackwater_config_generation" [] "Number of the snapshot in force.";
@@ -109,6 +113,8 @@ pub struct UpstreamGauge {
     pub name: Arc<str>,
     pub queued: u64,
     pub sets: Vec<SetGauge>,
+    /// Its annotation is not followed.
+    pub refused: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -121,7 +127,12 @@ pub struct SetGauge {
     pub usable: u64,
     /// 0 to 1; `None` where the capacity is not known.
     pub saturation: Option<f64>,
+    /// In seconds; `None` for what stands in the file, and where nothing is known.
+    pub known_age: Option<f64>,
 }
+
+/// By upstream and set.
+type BySet = BTreeMap<(Arc<str>, Arc<str>), u64>;
 
 type Source = Box<dyn Fn() -> Gauges + Send + Sync>;
 
@@ -131,6 +142,7 @@ pub struct Metrics {
     source: RwLock<Option<Source>>,
     reloads: Mutex<Vec<(&'static str, u64)>>,
     swaps: Mutex<Vec<(&'static str, u64)>>,
+    emptied: Mutex<BySet>,
     access_log_lost: AtomicU64,
 }
 
@@ -142,6 +154,7 @@ impl Metrics {
             source: RwLock::new(None),
             reloads: Mutex::default(),
             swaps: Mutex::default(),
+            emptied: Mutex::default(),
             access_log_lost: AtomicU64::new(0),
         })
     }
@@ -162,6 +175,11 @@ impl Metrics {
 
     pub fn swap(&self, outcome: &'static str) {
         add(&mut lock(&self.swaps), outcome);
+    }
+
+    /// The active set has lost its last endpoint. The names are those of the configuration.
+    pub fn emptied(&self, upstream: &Arc<str>, set: &Arc<str>) {
+        *lock(&self.emptied).entry((Arc::clone(upstream), Arc::clone(set))).or_default() += 1;
     }
 
     /// `n` more lines lost.
@@ -185,6 +203,7 @@ impl Metrics {
             gauges: source.as_ref().map(|ask| ask()).unwrap_or_default(),
             reloads: lock(&self.reloads).clone(),
             swaps: lock(&self.swaps).clone(),
+            emptied: lock(&self.emptied).clone(),
             access_log_lost: self.access_log_lost.load(Ordering::Relaxed),
             ..Scrape::default()
         };
@@ -373,6 +392,7 @@ struct Scrape {
     accepted: u64,
     reloads: Vec<(&'static str, u64)>,
     swaps: Vec<(&'static str, u64)>,
+    emptied: BySet,
     access_log_lost: u64,
     gauges: Gauges,
 }
@@ -428,6 +448,9 @@ impl Scrape {
             name if name == GENERATION.name => out.gauge(&[], self.gauges.generation),
             name if name == RELOADS.name => self.reloads.iter().try_for_each(|(outcome, n)| out.counter(&[outcome], *n)),
             name if name == SWAPS.name => self.swaps.iter().try_for_each(|(outcome, n)| out.counter(&[outcome], *n)),
+            name if name == EMPTIED.name => {
+                self.emptied.iter().try_for_each(|((upstream, set), n)| out.counter(&[&**upstream, &**set], *n))
+            }
             name if name == BUFFER_MEMORY.name => out.gauge(&[], self.gauges.buffer_memory_bytes),
             name if name == BUFFER_DISK.name => out.gauge(&[], self.gauges.buffer_disk_bytes),
             name if name == LOG_LOST.name => out.counter(&[], self.access_log_lost),
@@ -438,6 +461,9 @@ impl Scrape {
 
     fn set_rows(&self, name: &str, out: &mut Rows<'_>) -> fmt::Result {
         for upstream in &self.gauges.upstreams {
+            if name == REFUSED.name {
+                out.gauge(&[&*upstream.name], u64::from(upstream.refused))?;
+            }
             for set in &upstream.sets {
                 let labels = [&*upstream.name, &*set.name];
                 match name {
@@ -446,6 +472,7 @@ impl Scrape {
                     name if name == PARKED.name => out.gauge(&labels, set.parked)?,
                     name if name == SATURATION.name => set.saturation.map_or(Ok(()), |part| out.fraction(&labels, part))?,
                     name if name == USABLE.name => out.gauge(&labels, set.usable)?,
+                    name if name == KNOWN_AGE.name => set.known_age.map_or(Ok(()), |age| out.fraction(&labels, age))?,
                     name if name == ACTIVE.name => out.gauge(&labels, u64::from(set.active))?,
                     _ => {}
                 }

@@ -70,7 +70,9 @@ fn filter(level: &str) -> Result<EnvFilter, String> {
             ));
         }
     }
-    EnvFilter::try_new(level).map_err(|error| format!("`{level}` is not a filter: {error}"))
+    // What the Kubernetes client says by itself of a lost connection we say once, with what follows from it; unless it is asked for.
+    let level = if level.contains("kube_client") { level.to_owned() } else { format!("{level},kube_client=off") };
+    EnvFilter::try_new(&level).map_err(|error| format!("`{level}` is not a filter: {error}"))
 }
 
 fn subscriber(

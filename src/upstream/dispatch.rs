@@ -201,10 +201,13 @@ impl Dispatcher {
         };
         let count = set.endpoints.len();
         let taken = match &upstream.policy.balance {
-            Balance::LeastBusy => self.lease_of_any(set, want, usable).or_else(|| {
-                // Another worker may take the slot between the look and the taking.
-                (0..count).find_map(|_| self.slot_of(set, balance::least_busy(count, turn, load)?, want, upstream))
-            }),
+            Balance::LeastBusy => self
+                .lease_of_any(set, want, usable)
+                .map(|found| move_to_least_busy(found, set, turn, load, upstream))
+                .or_else(|| {
+                    // Another worker may take the slot between the look and the taking.
+                    (0..count).find_map(|_| self.slot_of(set, balance::least_busy(count, turn, load)?, want, upstream))
+                }),
             Balance::RoundRobin => (0..count).find_map(|k| {
                 let index = turn.wrapping_add(k) % count;
                 load(index).usable.then(|| self.slot_of(set, index, want, upstream))?
@@ -322,6 +325,31 @@ impl Dispatcher {
             let earliest = Instant::now() + SWEEP_RESOLUTION;
             tokio::time::sleep_until(next.map_or(earliest, |n| n.max(earliest))).await;
         }
+    }
+}
+
+/// A slot that comes without its connection may as well be another endpoint's: where every request needs a new connection, slots would
+/// otherwise stay for ever where they are, and a new pod get none (seen: 7 s under posts). The lease that is given up for it closes.
+fn move_to_least_busy(
+    (slot, conn): (Slot, Option<Conn>),
+    set: &Set,
+    turn: usize,
+    load: impl Fn(usize) -> Load,
+    upstream: &Upstream,
+) -> (Slot, Option<Conn>) {
+    if conn.is_some() {
+        return (slot, conn);
+    }
+    // As if it had been given back.
+    let own = slot.endpoint.id;
+    let without = |index: usize| match set.endpoints.get(index) {
+        Some(e) if e.id == own => Load { used: load(index).used.saturating_sub(1), free: true, ..load(index) },
+        _ => load(index),
+    };
+    let better = balance::least_busy(set.endpoints.len(), turn, without).and_then(|index| set.endpoints.get(index));
+    match better.filter(|endpoint| endpoint.id != own).and_then(|endpoint| endpoint.try_take(&upstream.queue)) {
+        Some(better) => (better, None),
+        None => (slot, None),
     }
 }
 

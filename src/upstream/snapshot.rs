@@ -51,6 +51,8 @@ pub enum ActiveBy {
     Operator(String),
     /// Of the Service that `active_from` names.
     Annotation,
+    /// The set that the other replicas served when this one started and could not follow the annotation.
+    Peers,
 }
 
 impl std::fmt::Display for ActiveBy {
@@ -59,6 +61,7 @@ impl std::fmt::Display for ActiveBy {
             ActiveBy::File => f.write_str("file"),
             ActiveBy::Operator(who) => f.write_str(who),
             ActiveBy::Annotation => f.write_str("annotation"),
+            ActiveBy::Peers => f.write_str("peers"),
         }
     }
 }

@@ -4,18 +4,21 @@
 //! wire by hand, apart from the crate's own codec so that both cannot be wrong in the same way).
 //! Pretending to be the client: [`http`] (raw HTTP/1.1), [`ledger`] (never retries, checks every byte),
 //! [`load_balancer`] (reuses connections, checks health, notices late), [`relay`] (a network in between).
-//! Around it: [`apiserver`] (Kubernetes, as far as it is asked). The proxy itself: [`process`]. The rest: [`pattern`] and [`sha1`] (bytes that can be checked), [`ports`],
+//! Around it: [`apiserver`] (Kubernetes, as far as it is asked), [`cluster`] (that one or a real one), [`netns`] (where pods have addresses of
+//! their own). The proxy itself: [`process`]. The rest: [`pattern`] and [`sha1`] (bytes that can be checked), [`ports`],
 //! [`children`] (processes that do not outlive the test), [`gate`] (waiting without sleeping).
 
 #![allow(dead_code, reason = "every test binary compiles all of this and uses its part")]
 
 pub mod apiserver;
 pub mod children;
+pub mod cluster;
 pub mod fastcgi;
 pub mod gate;
 pub mod http;
 pub mod ledger;
 pub mod load_balancer;
+pub mod netns;
 pub mod pattern;
 pub mod ports;
 pub mod process;

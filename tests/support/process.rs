@@ -38,9 +38,16 @@ pub struct Builder {
     wait: Wait,
     env: Vec<(String, String)>,
     args: Vec<String>,
+    at: Option<std::net::IpAddr>,
 }
 
 impl Builder {
+    /// On this address, with the ports that a pod has: 8080, 8443 and 9901. For tests in a network of their own.
+    pub fn at(mut self, address: std::net::IpAddr) -> Builder {
+        self.at = Some(address);
+        self
+    }
+
     pub fn wait(mut self, wait: Wait) -> Builder {
         self.wait = wait;
         self
@@ -65,7 +72,10 @@ impl Builder {
     /// Panics with everything it logged if it ends, or is not ready in time.
     pub async fn start(self) -> Slackwater {
         let folder = tempfile::Builder::new().prefix("slackwater-").tempdir().expect("a temporary folder");
-        let [http, ops, https] = std::array::from_fn(|_| ports::free_address());
+        let [http, ops, https] = match self.at {
+            Some(address) => [8080, 9901, 8443].map(|port| (address, port).into()),
+            None => std::array::from_fn(|_| ports::free_address()),
+        };
         let places = Places { http, ops, https, admin: folder.path().join("admin.sock"), folder: folder.path().to_owned() };
         let config = folder.path().join("slackwater.toml");
         fs::write(&config, places.fill(&self.toml)).expect("the configuration is written");
@@ -148,7 +158,7 @@ impl Slackwater {
     /// Without [`Builder::binary`] this crate's own binary, which cargo builds for integration tests.
     pub fn builder(toml: &str) -> Builder {
         let binary = option_env!("CARGO_BIN_EXE_slackwater").unwrap_or("slackwater").into();
-        Builder { binary, toml: toml.to_owned(), wait: Wait::Ready, env: Vec::new(), args: Vec::new() }
+        Builder { binary, toml: toml.to_owned(), wait: Wait::Ready, env: Vec::new(), args: Vec::new(), at: None }
     }
 
     /// Where requests go: `{HTTP}`.

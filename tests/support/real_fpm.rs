@@ -34,6 +34,7 @@ pub struct Builder {
     pm: Pm,
     max_requests: usize,
     unix: bool,
+    at: Option<std::net::SocketAddr>,
     status_listen: bool,
     status: bool,
     ping: bool,
@@ -62,6 +63,12 @@ impl Builder {
     }
 
     /// Listens on a unix socket in its folder.
+    /// This address instead of a free one on loopback.
+    pub fn at(mut self, address: std::net::SocketAddr) -> Builder {
+        self.at = Some(address);
+        self
+    }
+
     pub fn unix(mut self) -> Builder {
         self.unix = true;
         self
@@ -131,8 +138,11 @@ impl Builder {
         let journal = folder.path().join("journal");
         fs::write(&journal, "").expect("the journal is made");
         open_to_all(&journal, 0o666);
-        let address =
-            if self.unix { FpmAddress::Unix(folder.path().join("fpm.sock")) } else { FpmAddress::Tcp(ports::free_address()) };
+        let address = if self.unix {
+            FpmAddress::Unix(folder.path().join("fpm.sock"))
+        } else {
+            FpmAddress::Tcp(self.at.unwrap_or_else(ports::free_address))
+        };
         let status_address = self.status_listen.then(|| FpmAddress::Tcp(ports::free_address()));
         let mut fpm = RealFpm { plan: self, binary, folder, docroot, journal, address, status_address, child: None };
         fs::write(fpm.folder.path().join("fpm.conf"), fpm.configuration()).expect("the configuration is written");
@@ -166,6 +176,7 @@ impl RealFpm {
             pm: Pm::Static(4),
             max_requests: 0,
             unix: false,
+            at: None,
             status_listen: false,
             status: true,
             ping: true,

@@ -1,23 +1,134 @@
 //! What Kubernetes tells, put in force: endpoints that come, leave and go, and the annotation that turns traffic.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
-use super::{FILE_TURN_BUDGET, Reconciler, vote};
+use tokio::sync::mpsc;
+
+use super::{Change, FILE_TURN_BUDGET, Reconciler, vote};
 use crate::{
     control::{
         config::Config,
-        kubernetes::AllKnown,
+        kubernetes::{ACTIVE, AllKnown, events::Said},
+        replicas::{self, Way},
         slices::{self, AllFound},
+        state::{Remembered, State},
     },
     lifecycle::Phase,
     model::upstream::ServicePort,
     upstream::{Endpoint, Set, Snapshot, store::Task},
 };
 
+/// How often what is known is written to the state file, where it has changed or to renew its age.
+const REMEMBER_EVERY: Duration = Duration::from_secs(1);
+const RENEW_EVERY: u32 = 60;
+
+/// What the other replicas serve: asked once, by a process that starts and cannot follow the annotation.
+#[derive(Debug, Default)]
+pub(super) enum Peers {
+    #[default]
+    NotAsked,
+    Asked,
+    Told(BTreeMap<String, String>),
+}
+
+enum PeersServe {
+    NotKnown,
+    /// There are none, or none has answered, or they serve a set that this one does not have.
+    Nothing,
+    Usable(Arc<str>),
+    /// Not yet, at least.
+    NotUsable(Arc<str>),
+}
+
+/// Reminds the reconciler of the state file.
+pub(super) async fn remember(changes: mpsc::Sender<Change>) {
+    loop {
+        tokio::time::sleep(REMEMBER_EVERY).await;
+        if changes.send(Change::Remember).await.is_err() {
+            return;
+        }
+    }
+}
+
 impl Reconciler {
+    pub(super) fn to_remember(&self) -> Option<Remembered> {
+        let kubernetes = self.config.settings.kubernetes.as_ref()?;
+        Some(Remembered::of(&kubernetes.namespace, &self.known, &self.found))
+    }
+
+    /// Writes the state file, if there is something to be written.
+    pub(super) fn remember(&mut self) {
+        self.since_written += 1;
+        // Before the first answer the file knows more than we do.
+        let listed = self.known.values().any(|known| known.slices.is_some());
+        if !listed || !(self.unwritten || self.since_written >= RENEW_EVERY) {
+            return;
+        }
+        let Some(path) = self.config.settings.state.clone() else { return };
+        let state = State { switch: self.switch.clone(), kubernetes: self.to_remember() };
+        let saved = state.save(&path);
+        (self.unwritten, self.since_written) = (false, 0);
+        let unsaved = saved.err().map(|error| format!("the state file {} cannot be written: {error}", path.display()));
+        let mut told = self.control.told();
+        if let Some(why) = &unsaved
+            && told.unsaved.is_none()
+        {
+            tracing::error!(why, "what Kubernetes has told would not survive a restart");
+        }
+        told.unsaved = unsaved;
+    }
+
+    /// Says why the process waits for its peers, and asks them where that has not been done.
+    pub(super) fn asks_peers(&mut self) -> Option<String> {
+        if self.control.phase.get() != Phase::Starting || self.waits_for_peers.is_empty() {
+            return None;
+        }
+        let waits = self.waits_for_peers.clone();
+        let names = waits.iter().map(|name| &**name).collect::<Vec<_>>().join(", ");
+        if let (Peers::NotAsked, Some(kubernetes)) = (&self.peers, &self.config.settings.kubernetes)
+            && let Some(service) = &kubernetes.self_service
+            && let Some(slices) = self.known.get(service).and_then(|known| known.slices.clone())
+        {
+            let replicas = replicas::ready(&slices, self.ops_port());
+            let changes = self.control.changes.clone();
+            tokio::task::spawn_local(async move {
+                let answers = Way::Direct.get_all(&replicas, "/status").await;
+                for (replica, why) in answers.iter().filter_map(|(r, a)| Some((r, a.as_ref().err()?))) {
+                    tracing::warn!(replica = replica.name, why, "a replica did not say which set it serves");
+                }
+                let _ = changes.send(Change::Peers(replicas::served(&answers))).await;
+            });
+            self.peers = Peers::Asked;
+        }
+        Some(format!("the annotated set of upstream {names} cannot be used; asking the other replicas which they serve"))
+    }
+
+    /// Every Service that is to be watched.
+    pub(super) fn services(&self) -> BTreeSet<Arc<str>> {
+        let upstreams = self.config.upstreams.values();
+        let pods = upstreams.clone().flat_map(|u| &u.sets).filter_map(|set| set.kubernetes.as_ref()).map(|source| &source.service);
+        let ours = self.config.settings.kubernetes.as_ref().and_then(|k| k.self_service.as_ref());
+        pods.chain(upstreams.filter_map(|u| u.active_from.as_ref())).chain(ours).cloned().collect()
+    }
+
+    fn ops_port(&self) -> u16 {
+        self.config.settings.listen.ops.map_or(0, |ops| ops.port())
+    }
+
     /// Another snapshot where addresses have come or gone; what else a Service tells goes to the endpoints themselves.
     pub(super) fn discovered(&mut self, known: AllKnown) {
-        self.known = known;
+        // What was known of a Service before, be it from the state file, counts until it has told something else.
+        for (name, told) in known {
+            let before = self.known.entry(name).or_default();
+            before.slices = told.slices.or(before.slices.take());
+            before.service = told.service.or(before.service.take());
+        }
+        let followed = self.services();
+        self.known.retain(|name, _| followed.contains(name));
         self.found = self.find(&self.config);
         let next = match self.build(&self.config, &self.switch) {
             Ok(next) => next,
@@ -37,6 +148,7 @@ impl Reconciler {
                 let went = old.map_or(0, |old| but(&old.endpoints, set));
                 tracing::info!(upstream = &**name, set = &**set_name, endpoints = set.endpoints.len(), came, went, "endpoints");
                 if set.endpoints.is_empty() && *set_name == upstream.activation.set {
+                    self.control.metrics.emptied(name, set_name);
                     tracing::error!(
                         upstream = &**name,
                         set = &**set_name,
@@ -53,7 +165,10 @@ impl Reconciler {
     /// What the sets of `config` find in what is known.
     pub(super) fn find(&self, config: &Config) -> AllFound {
         let sources = config.upstreams.values().flat_map(|u| &u.sets).filter_map(|set| set.kubernetes.as_ref());
-        let found = |source: &ServicePort| Some(slices::merge(self.known.get(&source.service)?.slices.as_deref()?, &source.port));
+        let found = |source: &ServicePort| match self.known.get(&source.service).and_then(|known| known.slices.as_deref()) {
+            Some(slices) => Some(slices::merge(slices, &source.port)),
+            None => self.remembered.get(source).cloned(),
+        };
         sources.filter_map(|source| Some((source.clone(), found(source)?))).collect()
     }
 
@@ -63,6 +178,7 @@ impl Reconciler {
         let names: Vec<(Arc<str>, Arc<str>)> =
             self.config.upstreams.iter().filter_map(|(name, u)| Some((name.clone(), u.active_from.clone()?))).collect();
         self.refused.retain(|name, _| names.iter().any(|(n, _)| n == name));
+        self.waits_for_peers.clear();
         for (name, service) in names {
             let wanted = self.annotated(&service);
             match self.follow_annotation(&name, wanted) {
@@ -70,18 +186,24 @@ impl Reconciler {
                 Err(reason) if self.refused.get(&name) == Some(&reason) => {}
                 Err(reason) => {
                     self.control.metrics.swap("refused");
-                    tracing::warn!(
-                        upstream = &*name,
-                        service = &*service,
-                        reason,
-                        "the annotation slackwater.dev/active is not followed"
-                    );
+                    let message = format!("upstream {name} does not follow {ACTIVE}: {reason}");
+                    self.say(Said { service: service.clone(), warning: true, reason: "ActiveSetRefused", message });
+                    tracing::warn!(upstream = &*name, service = &*service, reason, "the annotation {ACTIVE} is not followed");
                     self.refused.insert(name, reason);
                 }
             }
         }
-        self.control.told().refused =
-            self.refused.iter().map(|(name, reason)| format!("upstream {name}: annotation not followed: {reason}")).collect();
+        let annotated = self.config.upstreams.iter().filter_map(|(name, u)| Some((name.clone(), u.active_from.clone()?)));
+        let annotated = annotated.filter_map(|(name, service)| Some((name, self.annotated(&service)?))).collect();
+        let mut told = self.control.told();
+        told.refused.clone_from(&self.refused);
+        told.annotated = annotated;
+    }
+
+    fn say(&self, said: Said) {
+        if let Some(discovery) = &self.discovery {
+            discovery.say(said);
+        }
     }
 
     pub(super) fn annotated(&self, service: &Arc<str>) -> Option<Arc<str>> {
@@ -101,13 +223,33 @@ impl Reconciler {
                 None => Ok(()),
             };
         };
-        // Nothing is served yet: then there is nothing to lose by waiting for the right set.
-        let starting = self.control.phase.get() == Phase::Starting;
-        if *upstream.active.name() != wanted {
-            vote(&snapshot, name, &wanted, starting)?;
-        }
         let mut switch = self.switch.clone();
-        switch.annotated.insert(name.clone(), wanted);
+        let usable = vote(&snapshot, name, &wanted, false);
+        let starting = self.control.phase.get() == Phase::Starting;
+        match self.peers_serve(name, &snapshot) {
+            _ if usable.is_ok() => drop(switch.annotated.insert(name.clone(), wanted)),
+            // Turned to what the others serve already, or about to be.
+            PeersServe::Usable(set) if starting && *set != *wanted => drop(switch.peers.insert(name.clone(), set)),
+            PeersServe::NotUsable(set) if starting && *set != *wanted => {
+                self.waits_for_peers.push(name.clone());
+                return usable;
+            }
+            PeersServe::NotKnown if starting => {
+                self.waits_for_peers.push(name.clone());
+                return Ok(());
+            }
+            // Nothing is served yet, and nobody serves another: nothing is lost by waiting for the right set.
+            _ if starting => {
+                vote(&snapshot, name, &wanted, true)?;
+                switch.annotated.insert(name.clone(), wanted);
+            }
+            _ if *upstream.active.name() == wanted => drop(switch.annotated.insert(name.clone(), wanted)),
+            _ => return usable,
+        }
+        if switch == self.switch {
+            return usable;
+        }
+        switch.peers.retain(|upstream, _| !switch.annotated.contains_key(upstream));
         let next = self.build(&self.config, &switch)?;
         self.switch = switch;
         let turns = self.put_in_force(next, "annotation", FILE_TURN_BUDGET);
@@ -115,8 +257,26 @@ impl Reconciler {
             self.control.metrics.swap("applied");
             let active = self.control.store.load().upstreams.get(name).map(|u| u.active.name().to_string());
             tracing::info!(upstream = &**name, set = active, by = "annotation", "swap");
+            if let (Some(set), Some(service)) = (active, self.config.upstreams.get(name).and_then(|u| u.active_from.clone())) {
+                let message = format!("upstream {name} has turned to set {set}");
+                self.say(Said { service, warning: false, reason: "ActiveSetTurned", message });
+            }
         }
-        Ok(())
+        if self.switch.annotated.contains_key(name) { Ok(()) } else { usable }
+    }
+
+    /// What the other replicas serve, as far as this process has to care.
+    fn peers_serve(&self, name: &Arc<str>, snapshot: &Snapshot) -> PeersServe {
+        let has_peers = self.config.settings.kubernetes.as_ref().is_some_and(|k| k.self_service.is_some());
+        match &self.peers {
+            _ if !has_peers => PeersServe::Nothing,
+            Peers::NotAsked | Peers::Asked => PeersServe::NotKnown,
+            Peers::Told(served) => match served.get(&**name) {
+                Some(set) if vote(snapshot, name, set, false).is_ok() => PeersServe::Usable(set.as_str().into()),
+                Some(set) if vote(snapshot, name, set, true).is_ok() => PeersServe::NotUsable(set.as_str().into()),
+                _ => PeersServe::Nothing,
+            },
+        }
     }
 
     pub(super) fn close_leases(&self, endpoint: &Endpoint) {

@@ -16,6 +16,7 @@ fn with_everything() -> Arc<Metrics> {
     metrics.shard(1).connection_closed();
     metrics.reload("applied");
     metrics.swap("done");
+    metrics.emptied(&"php".into(), &"blue".into());
     metrics.access_log_lost(3);
     metrics.set_source(Box::new(|| Gauges {
         phase: "Running",
@@ -32,9 +33,20 @@ fn with_everything() -> Arc<Metrics> {
                     parked: 1,
                     usable: 2,
                     saturation: Some(0.75),
+                    known_age: Some(1.5),
                 },
-                SetGauge { name: "green".into(), active: false, capacity: None, busy: 0, parked: 0, usable: 0, saturation: None },
+                SetGauge {
+                    name: "green".into(),
+                    active: false,
+                    capacity: None,
+                    busy: 0,
+                    parked: 0,
+                    usable: 0,
+                    saturation: None,
+                    known_age: None,
+                },
             ],
+            refused: true,
         }],
         buffer_memory_bytes: 65_536,
         buffer_disk_bytes: 1,
