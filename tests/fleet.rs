@@ -172,7 +172,8 @@ fn all_are_asked_then_all_turn_and_one_receipt_tells_of_all() {
         let receipt: serde_json::Value = serde_json::from_str(out.lines().nth(1).unwrap()).unwrap();
         println!("{receipt}");
         assert_eq!((&receipt["from"], &receipt["to"], &receipt["kind"]), (&"blue".into(), &"green".into(), &"swap".into()));
-        assert_eq!((&receipt["in_flight"], &receipt["completed"], &receipt["cut"]), (&3.into(), &3.into(), &serde_json::json!([])));
+        assert!(receipt["in_flight"].as_u64() >= Some(3) && receipt["completed"] == receipt["in_flight"], "{receipt}");
+        assert_eq!(receipt["cut"], serde_json::json!([]));
         assert_eq!(receipt["replicas"].as_array().unwrap().len(), 3);
         for request in slow {
             assert_eq!(request.await.unwrap(), "blue hello\n");

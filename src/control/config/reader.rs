@@ -441,8 +441,12 @@ impl<'a> Value<'a> {
     }
 
     /// An address with a prefix length, or a single address.
-    pub fn network(&self) -> Option<IpNet> {
-        let text = self.text()?;
+    /// One network or several, separated by commas: a placeholder is one value.
+    pub fn networks(&self) -> Option<Vec<IpNet>> {
+        self.text()?.split(',').map(|text| self.network(text.trim())).collect()
+    }
+
+    fn network(&self, text: &str) -> Option<IpNet> {
         if let Ok(address) = text.parse::<IpAddr>() {
             return Some(IpNet::from(address));
         }

@@ -82,7 +82,7 @@ fn listen(mut t: Reader<'_>) -> Listen {
     let listen = Listen {
         http,
         ops,
-        ops_allow: t.read("ops_allow", loopback(), |v| v.list(Value::network)),
+        ops_allow: t.read("ops_allow", loopback(), |v| v.list(Value::networks).map(|all| all.concat())),
         admin: t.read("admin", PathBuf::from("/run/slackwater/admin.sock"), |v| {
             let text = v.filled_text()?;
             if let Some(path) = text.strip_prefix("unix:") {
@@ -95,7 +95,7 @@ fn listen(mut t: Reader<'_>) -> Listen {
             Some(PathBuf::from(text))
         }),
         health_path: t.read("health_path", String::new(), |v| v.url_path_or_none().map(Option::unwrap_or_default)),
-        trusted_proxies: t.read("trusted_proxies", Vec::new(), |v| v.list(Value::network)),
+        trusted_proxies: t.read("trusted_proxies", Vec::new(), |v| v.list(Value::networks).map(|all| all.concat())),
         idle_timeout: t.read("idle_timeout", Duration::from_secs(75), Value::timeout),
         header_timeout: t.read("header_timeout", Duration::from_secs(10), Value::timeout),
         // http::Uri holds no more than 65,534 bytes, and FPM no parameter above 65,535.
