@@ -5,10 +5,12 @@ mod support;
 use std::time::{Duration, Instant};
 
 use support::{
-    apiserver::{ApiServer, Mood, Pod},
+    apiserver::{ApiServer, Mood, Pod, Rights},
+    children,
     gate::Gate,
     http,
     ledger::{Expect, LedgerClient, Shape},
+    netns,
     process::{Slackwater, Wait},
     scripted_fpm::{Behaviour, ScriptedFpm},
 };
@@ -295,6 +297,75 @@ async fn rotates_token_and_the_new_one_is_read_at_once() {
     until(&proxy, "the second pod", |seen| seen.len() == 1 && seen[0].starts_with("127.0.66.2:")).await;
     println!("from the rotation to the first pod that was seen with the new token: {:?}", rotated.elapsed());
     assert_eq!(answered_by(&proxy).await, "pod2 hello\n");
+}
+
+/// As in a pod: TLS with the cluster's own authority, the token of the service account, and nothing in the configuration.
+#[test]
+fn the_service_account_of_its_pod_is_what_it_uses_and_a_rotated_token_is_read_again() {
+    const ACCOUNT: &str = "/run/secrets/kubernetes.io/serviceaccount";
+    netns::run(async || {
+        netns::own_run_folder();
+        let (api, authority) = ApiServer::start_with_tls().await;
+        let account = |token: &'static str| {
+            let authority = authority.clone();
+            children::on_the_starter(move || {
+                std::fs::create_dir_all(ACCOUNT).unwrap();
+                for (name, text) in [("ca.crt", &*authority), ("token", token), ("namespace", "learning")] {
+                    std::fs::write(format!("{ACCOUNT}/{name}"), text).unwrap();
+                }
+            });
+        };
+        account("first");
+        let pods = pods(2).await;
+        let port = port(&pods);
+        api.slice("a", "php-blue", port, &[Pod::ready(pods[0].address())]);
+        let config = toml(std::path::Path::new(""), "").replace("kubeconfig = \"\"", "");
+        let address = api.address();
+        let proxy = Slackwater::builder(&config)
+            .env("KUBERNETES_SERVICE_HOST", &address.ip().to_string())
+            .env("KUBERNETES_SERVICE_PORT", &address.port().to_string())
+            .start()
+            .await;
+        assert_eq!(answered_by(&proxy).await, "pod1 hello\n");
+        // The kubelet writes the new token, the old one expires.
+        account("second");
+        api.accepts("second", Rights::Edge);
+        api.drops_every_watch();
+        api.slice("a", "php-blue", port, &[Pod::ready(pods[1].address())]);
+        until(&proxy, "the second pod", |seen| seen.len() == 1 && seen[0].starts_with("127.0.66.2:")).await;
+        assert_eq!(answered_by(&proxy).await, "pod2 hello\n");
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_annotation_waits_for_the_preflight_of_the_pods_it_turns_to() {
+    let (api, pods, folder) = (ApiServer::start().await, pods(2).await, tempfile::tempdir().unwrap());
+    let port = port(&pods);
+    let gate = Gate::closed();
+    pods[1].on("/index.php/warm", Behaviour::hello("pod2").holds_answer(&gate));
+    api.slice("a", "php-blue", port, &[Pod::ready(pods[0].address())]);
+    api.service("php", &[("slackwater.dev/active", "blue")]);
+    let green = "[upstream.php.set.green]\nkubernetes = { service = \"php-green\", port = \"fpm\" }\npreflight = { path = \"/index.php/warm\", requests = 2, timeout = \"20s\" }\n[[site]]";
+    let config = toml(&api.kubeconfig(folder.path()), "active_from = \"service/php\"").replace("[[site]]", green);
+    let proxy = Slackwater::start(&config).await;
+    let client = LedgerClient::builder(proxy.http()).shapes(vec![Shape::get("/index.php", Expect::Hello)]).start();
+    api.slice("b", "php-green", port, &[Pod::ready(pods[1].address())]);
+    api.service("php", &[("slackwater.dev/active", "green")]);
+    pods[1].wait_begun(1).await;
+    let refused = async || proxy.status().await["upstreams"]["php"]["refused"].as_str().map(str::to_owned);
+    let deadline = Instant::now() + PATIENCE;
+    while !refused().await.is_some_and(|why| why.contains("in preflight")) {
+        assert!(Instant::now() < deadline, "{:?}", refused().await);
+    }
+    client.ledger().wait_more(50).await;
+    assert_eq!(pods[1].requests().len(), 1, "a cold pod was given a user's request");
+    gate.open();
+    let deadline = Instant::now() + PATIENCE;
+    while answered_by(&proxy).await != "pod2 hello\n" {
+        assert!(Instant::now() < deadline, "{:?}", refused().await);
+    }
+    assert_eq!(refused().await, None);
+    client.stop().await.assert_clean();
 }
 
 /// Takes as long as a watch may: a silent one is only told from a quiet one by the end that does not come.

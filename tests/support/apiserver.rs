@@ -8,12 +8,18 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
+use tokio_rustls::TlsAcceptor;
 
 use super::gate::Gate;
+
+/// What a connection is: plain or TLS.
+trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
+
+impl<S: AsyncRead + AsyncWrite + Unpin + Send> Stream for S {}
 
 const NAMESPACE: &str = "learning";
 
@@ -60,7 +66,6 @@ pub enum Rights {
     Edge,
 }
 
-#[derive(Debug)]
 struct Shared {
     state: Mutex<State>,
     version: watch::Sender<u64>,
@@ -70,10 +75,10 @@ struct Shared {
     /// Bumped to make every open watch say nothing more.
     silenced: watch::Sender<u64>,
     requests: watch::Sender<Vec<String>>,
+    tls: Option<TlsAcceptor>,
 }
 
 /// The running server. Dropped, it cuts its connections.
-#[derive(Debug)]
 pub struct ApiServer {
     address: SocketAddr,
     shared: Arc<Shared>,
@@ -128,6 +133,22 @@ impl Pod {
 
 impl ApiServer {
     pub async fn start() -> ApiServer {
+        ApiServer::start_as(None).await
+    }
+
+    /// Over TLS, with a certificate for 127.0.0.1; and that certificate, as the `ca.crt` of a service account.
+    pub async fn start_with_tls() -> (ApiServer, String) {
+        let made = rcgen::generate_simple_self_signed(vec!["127.0.0.1".to_owned()]).expect("a certificate");
+        let key = rustls::pki_types::PrivatePkcs8KeyDer::from(made.signing_key.serialize_der());
+        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+        let config = rustls::ServerConfig::builder()
+            .with_no_client_auth()
+            .with_single_cert(vec![made.cert.der().clone()], key.into())
+            .expect("key and certificate belong together");
+        (ApiServer::start_as(Some(TlsAcceptor::from(Arc::new(config)))).await, made.cert.pem())
+    }
+
+    async fn start_as(tls: Option<TlsAcceptor>) -> ApiServer {
         let listener = TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0)).await.expect("a port for the API server");
         let address = listener.local_addr().expect("a bound listener has an address");
         let shared = Arc::new(Shared {
@@ -137,6 +158,7 @@ impl ApiServer {
             dropped: watch::Sender::new(0),
             silenced: watch::Sender::new(0),
             requests: watch::Sender::new(Vec::new()),
+            tls,
         });
         let server = Mutex::new(tokio::spawn(serve(listener, Arc::clone(&shared))));
         ApiServer { address, shared, server }
@@ -147,6 +169,10 @@ impl ApiServer {
         let server = std::mem::replace(&mut *self.server.lock().expect("no test panics with it"), tokio::spawn(async {}));
         server.abort();
         let _ = server.await;
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.address
     }
 
     /// After [`ApiServer::stop`], on the same address and with the same objects.
@@ -350,14 +376,22 @@ async fn serve(listener: TcpListener, shared: Arc<Shared>) {
             accepted = listener.accept() => {
                 let Ok((stream, _)) = accepted else { continue };
                 let shared = Arc::clone(&shared);
-                connections.spawn(async move { drop(connection(stream, &shared).await) });
+                connections.spawn(async move {
+                    let _ = match shared.tls.clone() {
+                        None => connection(stream, &shared).await,
+                        Some(tls) => match tls.accept(stream).await {
+                            Ok(stream) => connection(stream, &shared).await,
+                            Err(error) => Err(error),
+                        },
+                    };
+                });
             }
             Some(_) = connections.join_next() => {}
         }
     }
 }
 
-async fn connection(mut stream: TcpStream, shared: &Shared) -> std::io::Result<()> {
+async fn connection(mut stream: impl Stream, shared: &Shared) -> std::io::Result<()> {
     let mut buffer = Vec::new();
     loop {
         let end = loop {
@@ -405,7 +439,7 @@ async fn connection(mut stream: TcpStream, shared: &Shared) -> std::io::Result<(
     }
 }
 
-async fn whole(stream: &mut TcpStream, code: u16, body: &str) -> std::io::Result<()> {
+async fn whole(stream: &mut impl Stream, code: u16, body: &str) -> std::io::Result<()> {
     let head = format!("HTTP/1.1 {code} X\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n", body.len());
     stream.write_all(format!("{head}{body}").as_bytes()).await
 }
@@ -424,7 +458,7 @@ fn refusal(code: u16) -> Value {
     json!({ "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "message": message, "reason": reason, "code": code })
 }
 
-async fn status(stream: &mut TcpStream, code: u16) -> std::io::Result<()> {
+async fn status(stream: &mut impl Stream, code: u16) -> std::io::Result<()> {
     whole(stream, code, &refusal(code).to_string()).await
 }
 
@@ -451,7 +485,7 @@ fn merge_patch(target: &mut Value, patch: &Value) {
 
 /// What is not a list or a watch.
 async fn one(
-    stream: &mut TcpStream,
+    stream: &mut impl Stream,
     shared: &Shared,
     method: &str,
     path: &str,
@@ -509,7 +543,7 @@ async fn one(
 }
 
 /// `/api/v1/namespaces/NS/pods/POD:PORT/proxy/PATH`.
-async fn pod_proxy(stream: &mut TcpStream, shared: &Shared, target: &str) -> std::io::Result<()> {
+async fn pod_proxy(stream: &mut impl Stream, shared: &Shared, target: &str) -> std::io::Result<()> {
     let (pod, path) = target.split_once("/pods/").and_then(|(_, rest)| rest.split_once("/proxy")).unwrap_or(("", ""));
     let (name, port) = pod.split_once(':').unwrap_or((pod, "80"));
     let ip = shared.state.lock().expect("no test panics with it").pods.get(name).copied();
@@ -521,7 +555,7 @@ async fn pod_proxy(stream: &mut TcpStream, shared: &Shared, target: &str) -> std
 }
 
 async fn answer(
-    stream: &mut TcpStream,
+    stream: &mut impl Stream,
     shared: &Shared,
     method: &str,
     target: &str,
@@ -604,7 +638,7 @@ async fn answer(
     stream.write_all(b"0\r\n\r\n").await
 }
 
-async fn chunk(stream: &mut TcpStream, event: &Value) -> std::io::Result<()> {
+async fn chunk(stream: &mut impl Stream, event: &Value) -> std::io::Result<()> {
     let line = format!("{event}\n");
     stream.write_all(format!("{:x}\r\n{line}\r\n", line.len()).as_bytes()).await
 }

@@ -9,20 +9,39 @@ use std::process::{Child, Command};
 use std::sync::OnceLock;
 use std::sync::mpsc::{SyncSender, sync_channel};
 
-type Order = (Command, SyncSender<io::Result<Child>>);
+enum Order {
+    Start(Command, SyncSender<io::Result<Child>>),
+    Run(Box<dyn FnOnce() + Send>, SyncSender<()>),
+}
 
-/// Starts `command`; the child gets the signal `at_our_death` if this process dies without having ended it.
-pub fn spawn(mut command: Command, at_our_death: libc::c_int) -> io::Result<Child> {
+fn starter() -> &'static SyncSender<Order> {
     static STARTER: OnceLock<SyncSender<Order>> = OnceLock::new();
-    let starter = STARTER.get_or_init(|| {
+    STARTER.get_or_init(|| {
         let (orders, received) = sync_channel::<Order>(16);
         std::thread::spawn(move || {
-            for (mut command, reply) in received {
-                let _ = reply.send(command.spawn());
+            for order in received {
+                match order {
+                    Order::Start(mut command, reply) => drop(reply.send(command.spawn())),
+                    Order::Run(what, done) => {
+                        what();
+                        let _ = done.send(());
+                    }
+                }
             }
         });
         orders
-    });
+    })
+}
+
+/// Does something on the thread that starts all children, which inherit its namespaces.
+pub fn on_the_starter(what: impl FnOnce() + Send + 'static) {
+    let (done, finished) = sync_channel(1);
+    starter().send(Order::Run(Box::new(what), done)).expect("the starter thread lives on");
+    finished.recv().expect("the starter thread has not panicked");
+}
+
+/// Starts `command`; the child gets the signal `at_our_death` if this process dies without having ended it.
+pub fn spawn(mut command: Command, at_our_death: libc::c_int) -> io::Result<Child> {
     let parent = std::process::id();
     // SAFETY: prctl and getppid are async-signal-safe; nothing is allocated.
     unsafe {
@@ -35,7 +54,7 @@ pub fn spawn(mut command: Command, at_our_death: libc::c_int) -> io::Result<Chil
         });
     }
     let (reply, child) = sync_channel(1);
-    starter.send((command, reply)).expect("the starter thread lives on");
+    starter().send(Order::Start(command, reply)).expect("the starter thread lives on");
     child.recv().expect("the starter thread answers")
 }
 

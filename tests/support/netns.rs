@@ -26,6 +26,20 @@ fn enter() {
     }
 }
 
+/// A mount namespace in which /run is empty and nobody else's, as it is in a pod; from inside [`run`], before anything is started.
+pub fn own_run_folder() {
+    // The thread that runs this is not the one that starts children: both must be in it.
+    super::children::on_the_starter(|| {
+        // SAFETY: unshare has no memory effects.
+        let done = unsafe { libc::unshare(libc::CLONE_NEWNS) };
+        assert_eq!(done, 0, "a mount namespace needs root: {}", io::Error::last_os_error());
+        for line in ["--make-rprivate /", "-t tmpfs tmpfs /run"] {
+            let run = Command::new("mount").args(line.split(' ')).output().expect("mount is there");
+            assert!(run.status.success(), "mount {line}: {}", String::from_utf8_lossy(&run.stderr));
+        }
+    });
+}
+
 /// The nth pod.
 pub fn pod(n: u8) -> IpAddr {
     IpAddr::V4(Ipv4Addr::new(10, 244, 1, n))
