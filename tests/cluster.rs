@@ -9,7 +9,7 @@ use std::{
 };
 
 use support::{
-    apiserver::{Pod, slice},
+    apiserver::{ApiServer, Pod, slice},
     cluster::{Cluster, REAL},
     http,
     ledger::LedgerClient,
@@ -51,6 +51,28 @@ behaviours! {
     an_annotation_is_followed_or_refused_with_an_event
     a_rolling_replacement_of_all_pods_loses_nothing
     a_hundred_turns_lose_nothing_and_never_show_the_wrong_colour
+}
+
+/// The way to an API server that is outside of the pods' network, which a machine without a real one would never go: here to the fake one.
+#[test]
+fn the_way_to_an_api_server_of_the_machine_works() {
+    let folder = tempfile::tempdir().unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    // Its threads were started before: it stays in the machine's own network.
+    let (server, kubeconfig) = runtime.block_on(async {
+        let server = ApiServer::start().await;
+        let kubeconfig = server.kubeconfig(folder.path());
+        (server, kubeconfig)
+    });
+    netns::run(async || {
+        let cluster = Cluster::named(&kubeconfig).await;
+        assert!(cluster.namespace.starts_with("slackwater-test-"));
+        behaviour::endpoints_are_what_the_slices_say(&cluster).await;
+        cluster.remove().await;
+    });
+    assert!(
+        server.requests().iter().any(|request| request.contains("/namespaces/slackwater-test-") && request.contains("watch=true"))
+    );
 }
 
 /// A pool of four workers at the nth pod's address.

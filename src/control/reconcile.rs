@@ -9,13 +9,10 @@ use std::{
 };
 
 use serde::Serialize;
-use tokio::{
-    sync::{mpsc, oneshot},
-    time::Instant,
-};
+use tokio::sync::{mpsc, oneshot};
 
 use super::{
-    Control, Turning,
+    Control,
     build::{self, Before},
     config::{self, Config},
     kubernetes::{ACTIVE, AllKnown, Discovery, Known},
@@ -25,13 +22,10 @@ use super::{
     switch::Switch,
 };
 use crate::{
-    lifecycle::{
-        Phase,
-        drain::{CutRequest, Receipt, Tally},
-    },
+    lifecycle::{Phase, drain::CutRequest},
     model::{Address, Settings, Site},
     upstream::{
-        Activation, Endpoint, Snapshot,
+        Endpoint, Snapshot,
         dispatch::now_ms,
         health::Preflight,
         probe::{Probes, Report, Warm},
@@ -40,8 +34,10 @@ use crate::{
 };
 
 mod cluster;
+mod turn;
 
 use cluster::{Peers, remember};
+pub use turn::Turn;
 
 /// What a turn that the file asked for is expected to take at most; nothing is cut when it takes longer.
 const FILE_TURN_BUDGET: Duration = Duration::from_secs(60);
@@ -83,14 +79,6 @@ pub enum Swap {
     /// It would be taken, or the set is active already.
     Nothing(String),
     Turned(Turn),
-}
-
-/// A turn under way.
-pub struct Turn {
-    /// When no request is dispatched to the old set any more; the error names workers that have not answered.
-    pub barrier: oneshot::Receiver<Result<(), Vec<usize>>>,
-    pub receipt: oneshot::Receiver<Receipt>,
-    pub old_serial: u64,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -337,75 +325,6 @@ impl Reconciler {
             let sites = self.config.all_sites().into_iter().map(Arc::downgrade).collect();
             self.retired.insert(name.clone(), sites);
         }
-    }
-
-    /// The swap itself; every set that is not active any more is followed until it has drained.
-    fn put_in_force(&mut self, next: Snapshot, by: &str, budget: Duration) -> Vec<Turn> {
-        let previous = self.control.store.load_full();
-        let there: BTreeSet<u64> = all_endpoints(&next).map(|e| e.id).collect();
-        self.dropped.retain(|e| e.strong_count() > 0);
-        let gone: Vec<Arc<Endpoint>> = all_endpoints(&previous).filter(|e| !there.contains(&e.id)).cloned().collect();
-        let mut left = Vec::new();
-        for (name, old) in &previous.upstreams {
-            if let Some(new) = next.upstreams.get(name)
-                && !Arc::ptr_eq(&new.activation, &old.activation)
-            {
-                left.push((name.clone(), old.activation.clone(), new.active.name().clone()));
-            }
-        }
-        drop(previous);
-        // Before the swap: who ends between it and the barrier belongs to the turn too.
-        let tallies: Vec<_> = left.iter().map(|(_, old, _)| old.leave()).collect();
-        self.control.store.swap(Arc::new(next));
-        for endpoint in gone {
-            self.dropped.push(Arc::downgrade(&endpoint));
-            self.close_leases(&endpoint);
-        }
-        left.into_iter()
-            .zip(tallies)
-            .map(|((name, old, to), tally)| self.follow(name, &old, tally, to, by.to_owned(), budget))
-            .collect()
-    }
-
-    /// Watches an old set drain, in a task of its own.
-    fn follow(&self, upstream: Arc<str>, old: &Activation, tally: Arc<Tally>, to: Arc<str>, by: String, budget: Duration) -> Turn {
-        let (barrier_sender, barrier) = oneshot::channel();
-        let (receipt_sender, receipt) = oneshot::channel();
-        let (serial, from, mut drained) = (old.serial, old.set.clone(), old.drained());
-        let (control, started, clock) = (self.control.clone(), SystemTime::now(), Instant::now());
-        let turning = Turning { upstream: upstream.clone(), from: from.clone(), to: to.clone(), since: clock };
-        control.told().turning.insert(serial, turning);
-        tokio::task::spawn_local(async move {
-            let passed = control.workers.barrier().await;
-            if let Err(workers) = &passed {
-                tracing::error!(?workers, upstream = &*upstream, "workers have not passed the barrier in 5 s; the swap stands");
-            }
-            let _ = barrier_sender.send(passed);
-            drained.wait().await;
-            let mut receipt = Receipt {
-                kind: "swap",
-                upstream: Some(upstream.to_string()),
-                from: Some(from.to_string()),
-                to: Some(to.to_string()),
-                started: rfc3339(started),
-                seconds: clock.elapsed().as_secs_f64(),
-                budget_seconds: budget.as_secs_f64(),
-                in_flight: 0,
-                completed: 0,
-                retried: 0,
-                client_left: 0,
-                failed: 0,
-                cut: Vec::new(),
-                by,
-                finished: true,
-            };
-            tally.add_to(&mut receipt);
-            tracing::info!(receipt = %serde_json::to_string(&receipt).unwrap_or_default(), "the old set has drained");
-            control.add_receipt(receipt.clone());
-            control.told().turning.remove(&serial);
-            let _ = receipt_sender.send(receipt);
-        });
-        Turn { barrier, receipt, old_serial: serial }
     }
 
     fn swap(&mut self, order: &SwapOrder) -> Result<Swap, String> {

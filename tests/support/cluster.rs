@@ -35,16 +35,22 @@ impl Cluster {
 
     /// `None`: no kubeconfig is named. From inside a namespace of [`netns`].
     pub async fn real() -> Option<Cluster> {
-        let named = PathBuf::from(std::env::var_os(REAL)?);
+        match std::env::var_os(REAL) {
+            Some(named) => Some(Cluster::named(Path::new(&named)).await),
+            None => None,
+        }
+    }
+
+    pub async fn named(named: &Path) -> Cluster {
         let folder = tempfile::tempdir().expect("a folder");
         let kubeconfig = folder.path().join("kubeconfig");
-        std::fs::write(&kubeconfig, through_a_door(&named).await).expect("the kubeconfig is written");
+        std::fs::write(&kubeconfig, through_a_door(named).await).expect("the kubeconfig is written");
         let client = client(&kubeconfig).await;
         let namespace = format!("slackwater-test-{}", std::process::id());
         let object: Namespace = from(json!({ "metadata": { "name": namespace } }));
         let namespaces: Api<Namespace> = Api::all(client.clone());
         namespaces.create(&PostParams::default(), &object).await.expect("a namespace for this test");
-        Some(Cluster { namespace, kubeconfig, client, fake: None, _folder: folder })
+        Cluster { namespace, kubeconfig, client, fake: None, _folder: folder }
     }
 
     /// Removes what it has created.

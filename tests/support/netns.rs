@@ -6,6 +6,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::AsRawFd;
 use std::process::Command;
+use std::sync::OnceLock;
 
 use tokio::net::{TcpListener, TcpStream};
 
@@ -16,7 +17,11 @@ pub fn run<F: Future>(test: impl FnOnce() -> F) -> F::Output {
     runtime.block_on(test())
 }
 
+/// Where this process was before.
+static MACHINE: OnceLock<File> = OnceLock::new();
+
 fn enter() {
+    MACHINE.get_or_init(|| File::open("/proc/thread-self/ns/net").expect("the namespace of this thread"));
     // SAFETY: unshare has no memory effects.
     let done = unsafe { libc::unshare(libc::CLONE_NEWNET) };
     assert_eq!(done, 0, "a network namespace needs root: {}", io::Error::last_os_error());
@@ -64,13 +69,14 @@ pub async fn door(to: SocketAddr) -> SocketAddr {
 
 /// A socket stays in the namespace in which it was made, so only this thread has to go there and back.
 fn outside(to: SocketAddr) -> io::Result<std::net::TcpStream> {
-    let (own, machine) = (File::open("/proc/thread-self/ns/net")?, File::open("/proc/1/ns/net")?);
+    let own = File::open("/proc/thread-self/ns/net")?;
+    let machine = MACHINE.get().expect("this namespace was entered from another");
     // SAFETY: setns has no memory effects.
     let go = |namespace: &File| match unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     };
-    go(&machine)?;
+    go(machine)?;
     let stream = std::net::TcpStream::connect(to);
     go(&own)?;
     let stream = stream?;
