@@ -368,6 +368,8 @@ fn a_replica_that_starts_and_cannot_follow_takes_what_its_peers_serve() {
         fleet.replicas[0].wait_for_log("is not followed", PATIENCE).await;
         fleet.joins().await;
         assert_eq!(fleet.colours().await, ["blue", "blue"]);
+        let text = fleet.replicas[1].cli_ok(&["status"]).await;
+        assert!(text.contains("active blue (by peers)") && text.contains("annotation green NOT FOLLOWED: set green"), "{text}");
         let status = fleet.replicas[1].status().await;
         assert_eq!(status["upstreams"]["php"]["active_by"], "peers");
         assert!(status["upstreams"]["php"]["refused"].as_str().unwrap().contains("min_ready is 1"), "{status}");

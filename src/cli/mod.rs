@@ -160,7 +160,9 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// What others have said may be in it, and must not steer a terminal.
 fn fail(reason: &str) -> ExitCode {
-    eprintln!("slackwater: {reason}");
+    let plain: String = reason.chars().filter(|c| !c.is_control() || matches!(c, '\n' | '\t')).collect();
+    eprintln!("slackwater: {plain}");
     ExitCode::FAILURE
 }

@@ -96,9 +96,21 @@ fn table(status: &Value) -> String {
     for (name, upstream) in status["upstreams"].as_object().unwrap_or(&empty) {
         let (active, by) = (text(&upstream["active"]), text(&upstream["active_by"]));
         out += &format!("\nupstream {name}: active {active} (by {by}), queued {}\n", upstream["queued"]);
+        if let Some(why) = upstream["refused"].as_str() {
+            out += &format!("  annotation {} NOT FOLLOWED: {why}\n", text(&upstream["annotation"]));
+        }
+        for turn in upstream["draining"].as_array().into_iter().flatten() {
+            let seconds = turn["seconds"].as_f64().unwrap_or_default();
+            out += &format!("  set {} drains since {seconds:.1} s\n", text(&turn["from"]));
+        }
         for (set_name, set) in upstream["sets"].as_object().unwrap_or(&empty) {
             let saturation = set["saturation"].as_f64().map_or_else(|| "not known".to_owned(), |s| format!("{:.0}%", s * 100.0));
-            out += &format!("  set {set_name}: usable {}, saturation {saturation}\n", set["usable"]);
+            let age = match set["known_age_seconds"].as_f64() {
+                None => ", nothing known from Kubernetes yet".to_owned(),
+                Some(0.0) => String::new(),
+                Some(age) => format!(", known from {age:.0} s ago: the Kubernetes API does not answer"),
+            };
+            out += &format!("  set {set_name}: usable {}, saturation {saturation}{age}\n", set["usable"]);
             for e in set["endpoints"].as_array().into_iter().flatten() {
                 let capacity = e["capacity"].as_u64().map_or_else(|| "?".to_owned(), |n| n.to_string());
                 let line = format!(

@@ -41,6 +41,7 @@ pub const ACTIVE: &str = "slackwater.dev/active";
 const COALESCE: Duration = Duration::from_millis(100);
 /// The server ends a watch after so long, and the next one shows whether it is still there.
 const WATCH_SECONDS: u32 = 60;
+const LONGEST_NAME: usize = 100;
 const FIRST_BACK_OFF: Duration = Duration::from_millis(800);
 const LONGEST_BACK_OFF: Duration = Duration::from_secs(5);
 
@@ -250,7 +251,8 @@ impl Watch {
                     "is not a number above 0 and does not count"
                 );
             }
-            let active = annotation(ACTIVE).map(|set| Arc::from(set.trim()));
+            // No set has a longer name; what is said of an unknown one stays readable.
+            let active = annotation(ACTIVE).map(|set| set.trim().chars().take(LONGEST_NAME).collect::<String>().into());
             self.update(|known| known.service = Some(Annotations { workers, active }));
         })
         .await;

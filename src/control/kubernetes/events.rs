@@ -16,6 +16,8 @@ use crate::model::settings::Kubernetes;
 /// Beyond that the newest are lost; the log has them all.
 const WAITING: usize = 16;
 const LIMIT: Duration = Duration::from_secs(10);
+/// Somebody who turns an annotation to and fro must not fill the API server with Events of ours.
+const PAUSE: Duration = Duration::from_secs(1);
 const COMPONENT: &str = "slackwater";
 
 /// One Event.
@@ -42,6 +44,7 @@ pub fn start(settings: Kubernetes) -> mpsc::Sender<Said> {
             } else {
                 told = false;
             }
+            tokio::time::sleep(PAUSE).await;
         }
     });
     sender
