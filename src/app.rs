@@ -88,7 +88,7 @@ pub fn run(path: &Path) -> Result<u8, String> {
         tracing::warn!("{warning}");
     }
     let mut state = match &settings.state {
-        Some(path) => State::load(path).map_err(|e| format!("state file {}: {e}", path.display()))?,
+        Some(path) => load_state(path, settings.kubernetes.is_some())?,
         None => State::default(),
     };
     state.switch.prune(&config.upstreams);
@@ -127,6 +127,7 @@ pub fn run(path: &Path) -> Result<u8, String> {
         heartbeats: heartbeats.clone(),
         connections,
         drained: Arc::default(),
+        instance: format!("{:016x}", rand::random::<u64>()).into(),
         contacts: Arc::default(),
         told: Mutex::new(Told { warnings: config.warnings.clone(), ..Told::default() }),
     });
@@ -235,7 +236,7 @@ async fn control_plane(
     }
     listening.commit(&settings);
     tracing::info!(
-        http = ?settings.listen.http, ops = ?settings.listen.ops, workers = control.workers.len(),
+        http = ?settings.listen.http, ops = settings.listen.ops.map_or_else(|| "off".to_owned(), |ops| ops.to_string()), workers = control.workers.len(),
         milliseconds = began.elapsed().as_millis() as u64, "listening"
     );
     if settings.reload == crate::model::settings::ReloadMode::Watch {
@@ -277,6 +278,22 @@ async fn control_plane(
     handling.abort();
     reconciling.abort();
     cut
+}
+
+/// A file that cannot be read stops the start where nothing else knows which set an operator has chosen. In a cluster the annotation does, and a pod that
+/// cannot start before somebody has mended a file helps nobody.
+fn load_state(path: &Path, clustered: bool) -> Result<State, String> {
+    let error = match State::load(path) {
+        Ok(state) => return Ok(state),
+        Err(error) => error,
+    };
+    let aside = path.with_extension("damaged");
+    let lost = "an operator's swap and what Kubernetes had told last are lost";
+    if clustered && std::fs::rename(path, &aside).is_ok() {
+        tracing::error!(path = %path.display(), moved_to = %aside.display(), %error, "the state file is damaged; starting without it: {lost}");
+        return Ok(State::default());
+    }
+    Err(format!("state file {}: {error}\nmove it away to start without it; then {lost}", path.display()))
 }
 
 /// The request of a preflight: of the sites that are in force when it begins.

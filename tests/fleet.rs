@@ -251,7 +251,10 @@ fn one_that_refuses_stops_it_before_and_puts_the_annotation_back_in_the_middle()
         assert_eq!(fleet.annotation().await.as_deref(), Some("blue"));
         for args in [["red", "--dry-run"], ["green", "--force"]] {
             let (ok, _, err) = said(&fleet.swap(&args).await);
-            assert!(!ok && (err.contains("there is no set red; there is blue, green") || err.contains("--force")), "{err}");
+            assert!(
+                !ok && (err.contains("there is no set red of upstream php; there is blue, green") || err.contains("--force")),
+                "{err}"
+            );
         }
 
         // It has voted yes, and loses its pods before the annotation comes.

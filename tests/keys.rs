@@ -455,6 +455,27 @@ async fn a_ping_turns_an_endpoint_after_fall_and_rise() {
     assert!(fell >= 2 && rose >= 1, "one ping alone turned it: {fell} {rose}");
 }
 
+/// 64 connections that read nothing would else be all there are, and the kubelet would kill the process.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_peer_cannot_take_the_ops_port_from_the_others() {
+    let fpm = hello().await;
+    let proxy = Slackwater::start(&toml(&fpm, "", "", "", "")).await;
+    let mut held = Vec::new();
+    for _ in 0..80 {
+        // From another address of loopback than the checks.
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.9:0".parse().unwrap()).unwrap();
+        let mut stream = socket.connect(proxy.ops()).await.unwrap();
+        let _ = tokio::io::AsyncWriteExt::write_all(&mut stream, b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n").await;
+        held.push(stream);
+    }
+    for _ in 0..5 {
+        let answer = tokio::time::timeout(Duration::from_secs(5), http::get(proxy.ops(), "/livez")).await;
+        assert_eq!(answer.expect("the ops port answers").unwrap().status, 200);
+    }
+    drop(held);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_file_of_the_other_release_is_found_where_it_is_told_to_look() {
     let (blue, green) = (hello().await, ScriptedFpm::start(Behaviour::hello("green")).await);
@@ -468,6 +489,11 @@ async fn a_file_of_the_other_release_is_found_where_it_is_told_to_look() {
         std::fs::write(assets.join("only.php"), text).unwrap();
         std::fs::create_dir(assets.join(text)).unwrap();
     }
+    // Out of the other release, and within it.
+    std::fs::write(folder.path().join("secret"), "secret").unwrap();
+    let links = folder.path().join("green/assets");
+    std::os::unix::fs::symlink(folder.path().join("secret"), links.join("out.css")).unwrap();
+    std::os::unix::fs::symlink("app-9a0b.css", links.join("in.css")).unwrap();
     let text = |fallback: bool| {
         let set = |name: &str, fpm: &ScriptedFpm| {
             format!(
@@ -495,6 +521,13 @@ async fn a_file_of_the_other_release_is_found_where_it_is_told_to_look() {
         assert_eq!(get("/assets/app-9a0b.css").await, (200, "new".to_owned()), "{set}");
         assert_eq!(get("/assets/logo.svg").await, (200, own.to_owned()), "its own goes first");
         assert_eq!(get("/assets/app-0000.css").await.0, 404);
+        assert_eq!(get("/assets/in.css").await, (200, "new".to_owned()));
+        if set == "blue" {
+            assert_ne!(get("/assets/out.css").await.1, "secret");
+            // Only what is read.
+            let posted = http::send(proxy.http(), "POST", "/assets/app-9a0b.css", &[], b"").await.unwrap();
+            assert_eq!(posted.status, 404);
+        }
         assert_eq!(get("/assets/only.php").await.0, 404, "no script runs, and none is sent");
         let other = if own == "old" { "new" } else { "old" };
         assert_eq!(get(&format!("/assets/{other}")).await.0, 404, "folders are not looked for elsewhere");

@@ -181,13 +181,26 @@ async fn without_pods_it_starts_and_says_why_and_requests_wait_for_the_first() {
     let config = toml(&api.kubeconfig(folder.path()), "queue = { timeout = \"15s\" }");
     let mut proxy = Slackwater::builder(&config).wait(Wait::Live).start().await;
     proxy.wait_for_log("told to say 403", PATIENCE).await;
-    let ready = http::get(proxy.ops(), "/readyz").await.unwrap();
-    assert_eq!(ready.status, 503);
+    // Not that pods are missing: nobody knows.
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let ready = http::get(proxy.ops(), "/readyz").await.unwrap();
+        assert_eq!(ready.status, 503);
+        if ready.text().contains("nothing is known of service php-blue: the Kubernetes API cannot be asked: http://127.0.0.1:") {
+            assert!(ready.text().contains("told to say 403 (403); does the Role have it"), "{}", ready.text());
+            break;
+        }
+        assert!(Instant::now() < deadline, "{}", ready.text());
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
     let answer = http::get(proxy.http(), "/index.php").await.unwrap();
     assert_eq!((answer.status, answer.header("retry-after")), (503, Some("1")));
     api.set_mood(Mood::Well);
     api.slice("a", "php-blue", port(&pods), &[Pod::ready(pods[0].address())]);
     proxy.wait_status("/readyz", 200).await;
+    proxy.wait_for_log("the Kubernetes API answers again", PATIENCE).await;
+    // However often it is asked, each reason of each watch is said once.
+    assert_eq!(proxy.log_text().matches("and nothing is known yet").count(), 2, "{}", proxy.log_text());
     assert_eq!(answered_by(&proxy).await, "pod1 hello\n");
 
     // All of them go: requests wait in the queue for the next one.
@@ -242,7 +255,56 @@ async fn the_annotation_of_its_service_tells_the_workers_of_each_pod() {
     api.service("php-blue", &[("slackwater.dev/fpm-workers", "5")]);
     until(5).await;
     api.service("php-blue", &[("slackwater.dev/fpm-workers", "many")]);
-    proxy.wait_for_log("is not a number above 0", PATIENCE).await;
+    proxy.wait_for_log("is not a number from 1 to 10000", PATIENCE).await;
+    // What does not count is no number, and one that is taken away does not count any more.
+    let unknown = async || {
+        let deadline = Instant::now() + PATIENCE;
+        while !proxy.status().await["upstreams"]["php"]["sets"]["blue"]["endpoints"][0]["capacity"].is_null() {
+            assert!(Instant::now() < deadline, "still known: {}", proxy.status().await);
+        }
+    };
+    unknown().await;
+    api.service("php-blue", &[("slackwater.dev/fpm-workers", "9")]);
+    until(9).await;
+    api.service("php-blue", &[("slackwater.dev/fpm-workers", "4294967295")]);
+    unknown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn names_that_nobody_in_the_cluster_has_are_told() {
+    let (api, pods, folder) = (ApiServer::start().await, pods(1).await, tempfile::tempdir().unwrap());
+    let port = port(&pods);
+    api.slice("a", "php-blue", port, &[Pod::ready(pods[0].address())]);
+    api.service("php-blue", &[]);
+    let green = "active = \"blue\"\n[upstream.php.set.green]\nkubernetes = { service = \"php-gren\", port = \"fpm\" }\n[upstream.php.set.red]\nkubernetes = { service = \"php-blue\", port = \"fmp\" }\n";
+    let config = toml(&api.kubeconfig(folder.path()), &format!("active_from = \"service/phpp\"\n{green}"))
+        .replace("[kubernetes]", "[kubernetes]\nself_service = \"slackwatr\"");
+    let proxy = Slackwater::start(&config).await;
+    let wanted = [
+        "set green of upstream php: there is no service php-gren in namespace learning".to_owned(),
+        "upstream php: there is no service phpp (active_from) in namespace learning; active is blue".to_owned(),
+        "service slackwatr (kubernetes.self_service) has no slices in namespace learning".to_owned(),
+        format!(
+            "set red of upstream php: service php-blue has 1 ready pods, but no slice has a TCP port named \\\"fmp\\\"; there is \\\"fpm\\\" {port}"
+        ),
+    ];
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let warnings = proxy.status().await["warnings"].to_string();
+        let missing: Vec<&String> = wanted.iter().filter(|text| !warnings.contains(&***text)).collect();
+        if missing.is_empty() {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{missing:#?} not in {warnings}");
+    }
+    // Each once in the log, and gone from the warnings once it is right.
+    api.service("phpp", &[("slackwater.dev/active", "blue")]);
+    while proxy.status().await["warnings"].to_string().contains("phpp") {
+        assert!(Instant::now() < deadline, "still told");
+    }
+    for text in ["there is no service php-gren", "there is no service phpp"] {
+        assert_eq!(proxy.log_text().matches(text).count(), 1, "{text}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -369,6 +431,35 @@ async fn an_annotation_waits_for_the_preflight_of_the_pods_it_turns_to() {
         assert!(Instant::now() < deadline, "{:?}", refused().await);
     }
     assert_eq!(refused().await, None);
+    client.stop().await.assert_clean();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_address_that_another_pod_has_now_is_warmed_again() {
+    let (api, pods, folder) = (ApiServer::start().await, pods(2).await, tempfile::tempdir().unwrap());
+    let port = port(&pods);
+    let pod = |n: usize, name: &str| Pod::ready(pods[n].address()).named(name);
+    api.slice("a", "php-blue", port, &[pod(0, "one"), pod(1, "two")]);
+    let config = toml(&api.kubeconfig(folder.path()), "workers_per_endpoint = 4").replace(
+        "[upstream.php.set.blue]",
+        "[upstream.php.set.blue]\npreflight = { path = \"/index.php/warm\", requests = 2, timeout = \"20s\" }",
+    );
+    let proxy = Slackwater::start(&config).await;
+    until(&proxy, "both warm", |seen| seen.iter().filter(|e| e.ends_with(" usable")).count() == 2).await;
+    let client = LedgerClient::builder(proxy.http()).shapes(vec![Shape::get("/index.php", Expect::Hello)]).start();
+    client.ledger().wait_more(50).await;
+    // The same address in the next slice, and it is another pod: nothing of what was known counts.
+    let gate = Gate::closed();
+    pods[1].on("/index.php/warm", Behaviour::hello("pod2").holds_answer(&gate));
+    api.slice("a", "php-blue", port, &[pod(0, "one"), pod(1, "three")]);
+    proxy.wait_for_log("another pod has this address now", PATIENCE).await;
+    until(&proxy, "cold again", |seen| seen.iter().any(|e| e.starts_with("127.0.66.2:") && e.ends_with(" preflight"))).await;
+    let begun = pods[1].requests().len();
+    client.ledger().wait_more(50).await;
+    let users = pods[1].requests()[begun..].iter().filter(|r| !r.uri().contains("warm")).count();
+    assert!(users <= 8, "{users} users on a cold pod");
+    gate.open();
+    until(&proxy, "warm", |seen| seen.iter().all(|e| e.ends_with(" usable"))).await;
     client.stop().await.assert_clean();
 }
 
@@ -592,7 +683,7 @@ async fn the_annotation_turns_traffic_and_is_refused_with_a_reason_until_it_can_
     assert!(proxy.cli_ok(&["swap", "php", "blue", "--dry-run"]).await.contains("would be taken"));
     // A Service that is deleted turns nothing; then an operator may.
     api.delete("services", "php");
-    proxy.wait_for_log("it is gone; set green stays active", PATIENCE).await;
+    proxy.wait_for_log("service php is gone; set green stays active", PATIENCE).await;
     client.ledger().wait_more(50).await;
     let ledger = client.stop().await;
     proxy.cli_ok(&["swap", "php", "blue"]).await;

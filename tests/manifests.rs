@@ -28,10 +28,10 @@ const REQUIRED: &[(&str, &str)] = &[
     ("PHP_IMAGE_WORKER", "registry.example/site:42"),
     ("RELEASE_BLUE", "41"),
     ("RELEASE_GREEN", "42"),
-    ("OPS_ALLOW", "10.0.0.0/16,172.20.0.1/32"),
+    ("OPS_ALLOW", "10.0.0.0/16,192.168.7.0/24"),
     ("TRUSTED_PROXIES", "10.0.0.0/16"),
     ("POD_CIDR", "10.0.0.0/16"),
-    ("API_SERVER_CIDR", "172.20.0.1/32"),
+    ("API_SERVER_CIDR", "192.168.7.0/24"),
     ("CERTIFICATE_ARN", "arn:aws:acm:eu-west-1:1:certificate/1"),
     ("ASSETS_STORAGE_CLASS", "efs"),
     ("REDIS", "redis:6379"),
@@ -125,6 +125,10 @@ fn a_name_that_is_not_set_is_told_and_all_that_must_be_set_are_documented() {
     let names: std::collections::BTreeSet<&str> =
         said.lines().filter_map(|line| line.split(": ").nth(1)?.split(' ').next()).collect();
     assert_eq!(names, REQUIRED.iter().map(|(name, _)| *name).collect());
+    let example = std::fs::read_to_string(root().join("config/kubernetes/example.env")).unwrap();
+    for name in &names {
+        assert!(example.lines().any(|line| line.starts_with(&format!("{name}="))), "example.env has no {name}");
+    }
     let docs = std::fs::read_to_string(root().join("docs/install.md")).unwrap();
     for name in names {
         assert!(docs.contains(&format!("`{name}`")), "docs/install.md does not say what {name} is");
@@ -160,6 +164,28 @@ fn the_edge_may_watch_and_say_and_ci_may_turn_one_service() {
     named.sort();
     assert_eq!(json!(named), rules("slackwater")[1]["resourceNames"]);
     assert_eq!(config.settings.kubernetes.as_ref().unwrap().self_service.as_deref(), Some("slackwater"));
+}
+
+#[test]
+fn what_ci_has_names_the_same_services() {
+    let ours = configuration(&objects(&[]));
+    let ci = config::load(&root().join("config/kubernetes/ci.toml"), &|name| (name == "NAMESPACE").then(|| "learning".to_owned()))
+        .unwrap();
+    assert_eq!(ci.settings.kubernetes, ours.settings.kubernetes);
+    assert_eq!(ci.settings.listen.ops.map(|ops| ops.port()), ours.settings.listen.ops.map(|ops| ops.port()));
+    let (ci, ours) = (&ci.upstreams["php"], &ours.upstreams["php"]);
+    assert_eq!(ci.active_from, ours.active_from);
+    let services =
+        |u: &config::UpstreamConfig| u.sets.iter().map(|set| (set.name.clone(), set.kubernetes.clone())).collect::<Vec<_>>();
+    assert_eq!(services(ci), services(ours));
+}
+
+#[test]
+fn behind_an_nlb_nobody_is_trusted() {
+    let objects = objects(&[("TRUSTED_PROXIES", "")]);
+    assert!(configuration(&objects).settings.listen.trusted_proxies.is_empty());
+    let attributes = annotation(find(&objects, "Service", "slackwater-nlb"), "target-group-attributes");
+    assert!(attributes.contains("preserve_client_ip.enabled=true"), "{attributes}");
 }
 
 /// The ConfigMap's file, as the process reads it.
@@ -267,7 +293,8 @@ fn php_pods_end_after_their_requests_and_are_selected_by_their_services() {
         let pod = &deployment["template"]["spec"];
         let grace = pod["terminationGracePeriodSeconds"].as_u64().unwrap();
         let control = number("process_control_timeout");
-        assert!(control >= longest, "a request may take {longest} s");
+        let terminate = number("request_terminate_timeout");
+        assert!(terminate > longest && control > terminate, "a request may take {longest} s, then {terminate} s, then {control} s");
         assert!(PRE_STOP + control < grace && PRE_STOP + control + 5 >= grace, "just under grace: {PRE_STOP} + {control}, {grace}");
         assert_eq!(pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"], json!(["sleep", PRE_STOP.to_string()]));
         let service = find(&objects, "Service", &format!("php-{colour}"));

@@ -87,7 +87,7 @@ async fn a_new_pod_gets_no_user_before_its_preflight_and_old_pods_are_not_asked(
         println!("{nth}: {code}; {reason}");
     }
     new.wait_begun(5).await;
-    assert_eq!(state(&proxy, "blue", 1).await.1, "in preflight: 2 of 3 good answers; the last was 200");
+    assert_eq!(state(&proxy, "blue", 1).await.1, "in preflight: 2 of 3 good answers; the last was 200; asked for at most 60s");
     gate.open();
     until(&proxy, "blue", 1, "usable").await;
     new.wait_begun(10).await;
@@ -140,6 +140,21 @@ async fn a_swap_waits_for_the_preflight_and_one_that_gives_up_says_why() {
     assert_eq!(state(&proxy, "green", 0).await.0, "usable");
     proxy.cli_ok(&["swap", "php", "green", "--wait"]).await;
     assert_eq!(http::get(proxy.http(), "/index.php").await.unwrap().text(), "green hello\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_upstreams_with_sets_of_one_name_both_ask() {
+    let fpm = ScriptedFpm::start(Behaviour::hello("blue")).await;
+    let preflight = "preflight = { path = \"/index.php/warm\", requests = 2 }";
+    let other = format!(
+        "[upstream.slow]\n[upstream.slow.set.blue]\nendpoints = [\"{}\"]\nping = {{ path = \"/ping\", every = \"50ms\" }}\n[[site]]",
+        fpm.address()
+    );
+    let proxy = Slackwater::start(&toml(&[&fpm], &[], preflight).replacen("[[site]]", &other, 1)).await;
+    let asked = |name: &str| fpm.requests().iter().filter(|r| r.uri().starts_with(name)).count();
+    assert_eq!(asked("/index.php/warm"), 2);
+    assert!(asked("/ping") >= 1);
+    drop(proxy);
 }
 
 #[tokio::test(flavor = "multi_thread")]

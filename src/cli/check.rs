@@ -6,9 +6,12 @@ use std::{
     process::ExitCode,
 };
 
-use crate::control::{
-    config::{self, Config},
-    expand,
+use crate::{
+    control::{
+        config::{self, Config},
+        expand,
+    },
+    http::preflight,
 };
 
 /// Exit code 0 where the configuration can be served, 1 with every error on stderr where it cannot.
@@ -39,6 +42,13 @@ fn check(
     };
     for warning in &config.warnings {
         writeln!(err, "warning: {warning}")?;
+    }
+    for (name, upstream) in &config.upstreams {
+        for (set, preflight) in upstream.sets.iter().filter_map(|set| Some((set, set.preflight.as_ref()?))) {
+            if let Err(why) = preflight::question(&config.sites, name, set, preflight) {
+                writeln!(err, "warning: the preflight of set {} of upstream {name} will give up at once: {why}", set.name)?;
+            }
+        }
     }
     // A comment before the expansion, so that this can be piped into a file and used as one.
     writeln!(out, "{}{}: ok ({})", if expanded { "# " } else { "" }, file.display(), counts(&config))?;

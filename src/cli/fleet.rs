@@ -37,6 +37,8 @@ pub struct Fleet {
     pub kubernetes: Kubernetes,
     pub self_service: Arc<str>,
     pub active_from: Arc<str>,
+    /// The upstream's, as the configuration here has them.
+    pub sets: Vec<String>,
     pub ops_port: u16,
 }
 
@@ -66,20 +68,21 @@ struct Turn<'a> {
     order: &'a SwapRequest,
     slices: Api<EndpointSlice>,
     services: Api<Service>,
+    server: String,
     way: Way,
 }
 
 impl<'a> Turn<'a> {
     async fn new(fleet: &'a Fleet, order: &'a SwapRequest) -> Result<Self, String> {
         let namespace = &fleet.kubernetes.namespace;
-        let (client, place) = client::plain(&fleet.kubernetes).await?;
+        let (client, place, server) = client::plain(&fleet.kubernetes).await?;
         let slices = Api::namespaced(client.clone(), namespace);
         let services = Api::namespaced(client.clone(), namespace);
         let way = match place {
             Place::Inside => Way::Direct,
             Place::Outside => Way::Proxy(client, namespace.clone()),
         };
-        Ok(Turn { fleet, order, slices, services, way })
+        Ok(Turn { fleet, order, slices, services, server, way })
     }
 
     async fn swap(&self) -> Result<(String, Option<Value>), String> {
@@ -97,12 +100,26 @@ impl<'a> Turn<'a> {
         let noes = noes(&votes);
         if !noes.is_empty() {
             let list = noes.iter().map(|(replica, why)| format!("\n  {}: {why}", replica.name)).collect::<String>();
-            return Err(format!("{} of {all} replicas would not take set {set} of upstream {upstream}:{list}", noes.len()));
+            return Err(format!(
+                "{} of {all} replicas would not take set {set} of upstream {upstream}, or did not answer; nothing was changed:{list}",
+                noes.len()
+            ));
+        }
+        let first = self.way.get_all(&replicas, "/status").await;
+        let hashes: BTreeMap<&str, Vec<&str>> = first.iter().fold(BTreeMap::new(), |mut all, (replica, answer)| {
+            let hash = answer.as_ref().map_or("no answer", |(_, status)| status["config_hash"].as_str().unwrap_or("none"));
+            all.entry(hash).or_default().push(&replica.name);
+            all
+        });
+        if hashes.len() > 1 {
+            let list = hashes.iter().map(|(hash, names)| format!("\n  {hash}: {}", names.join(", "))).collect::<String>();
+            super::say(&format!(
+                "warning: the replicas have different configurations (config_hash); has the ConfigMap reached all?{list}"
+            ));
         }
         if *dry_run {
             return Ok((format!("set {set} of upstream {upstream} would be taken by all {all} replicas"), None));
         }
-        let first = self.way.get_all(&replicas, "/status").await;
         if before.as_deref() == Some(&**set) && first.values().all(|answer| serves(answer, upstream, set)) {
             return Ok((format!("set {set} of upstream {upstream} is active on all {all} replicas already"), None));
         }
@@ -139,7 +156,10 @@ impl<'a> Turn<'a> {
                 .iter()
                 .filter(|(_, answer)| !serves(answer, upstream, set))
                 .map(|(replica, answer)| match answer {
-                    Ok((_, status)) => format!("{} serves {}", replica.name, status["upstreams"][upstream]["active"]),
+                    Ok((_, status)) => {
+                        let active = status["upstreams"][upstream]["active"].as_str().unwrap_or("nothing");
+                        format!("{} serves {active}", replica.name)
+                    }
                     Err(why) => format!("{}: {why}", replica.name),
                 })
                 .collect();
@@ -148,7 +168,7 @@ impl<'a> Turn<'a> {
                 .filter_map(|(replica, answer)| {
                     let turns = answer.as_ref().ok()?.1["upstreams"][upstream]["draining"].as_array()?;
                     let turn = turns.first()?;
-                    Some(format!("{} drains {} since {:.1} s", replica.name, turn["from"], turn["seconds"].as_f64()?))
+                    Some(format!("{} drains {} since {:.1} s", replica.name, turn["from"].as_str()?, turn["seconds"].as_f64()?))
                 })
                 .collect();
             if late.is_empty() && (!wait || draining.is_empty()) {
@@ -170,7 +190,7 @@ impl<'a> Turn<'a> {
     async fn replicas(&self) -> Result<Vec<Replica>, String> {
         let service = &self.fleet.self_service;
         let params = ListParams::default().labels(&format!("kubernetes.io/service-name={service}"));
-        let slices = self.slices.list(&params).await.map_err(|e| format!("the slices of service {service}: {}", said(&e)))?;
+        let slices = self.slices.list(&params).await.map_err(|e| self.unasked(&format!("the slices of service {service}"), &e))?;
         let ready = replicas::ready(&slices.items, self.fleet.ops_port);
         if ready.is_empty() {
             return Err(format!(
@@ -181,10 +201,14 @@ impl<'a> Turn<'a> {
         Ok(ready)
     }
 
+    fn unasked(&self, what: &str, error: &kube::Error) -> String {
+        format!("{what} in namespace {}: the Kubernetes API at {}: {}", self.fleet.kubernetes.namespace, self.server, said(error))
+    }
+
     /// The annotation, and the version of the Service that had it.
     async fn annotation(&self) -> Result<(Option<String>, Option<String>), String> {
         let name = &self.fleet.active_from;
-        let service = self.services.get(name).await.map_err(|e| format!("service {name}: {}", said(&e)))?;
+        let service = self.services.get(name).await.map_err(|e| self.unasked(&format!("service {name} (active_from)"), &e))?;
         Ok((service.annotations().get(ACTIVE).map(|set| set.trim().to_owned()), service.resource_version()))
     }
 

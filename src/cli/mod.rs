@@ -123,6 +123,7 @@ impl Admin {
         Some(fleet::Fleet {
             self_service: kubernetes.self_service.clone()?,
             active_from: config.upstreams.get(upstream)?.active_from.clone()?,
+            sets: config.upstreams.get(upstream)?.sets.iter().map(|set| set.name.to_string()).collect(),
             ops_port: config.settings.listen.ops?.port(),
             kubernetes,
         })
@@ -146,6 +147,12 @@ pub fn main() -> ExitCode {
             let timeout_seconds = timeout.as_secs_f64();
             let order = crate::control::api::SwapRequest { upstream, set, wait, timeout_seconds, dry_run, force };
             match admin.fleet(&order.upstream) {
+                Some(fleet) if !fleet.sets.contains(&order.set) => fail(&format!(
+                    "there is no set {} of upstream {}; there is {}",
+                    order.set,
+                    order.upstream,
+                    fleet.sets.join(", ")
+                )),
                 Some(fleet) => fleet::run(&fleet, &order),
                 None => order::run(admin.socket(), order::Order::Swap(order)),
             }
@@ -160,9 +167,13 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// What others have said may be in it, and must not steer a terminal.
 fn fail(reason: &str) -> ExitCode {
+    say(reason);
+    ExitCode::FAILURE
+}
+
+/// What others have said may be in it, and must not steer a terminal.
+fn say(reason: &str) {
     let plain: String = reason.chars().filter(|c| !c.is_control() || matches!(c, '\n' | '\t')).collect();
     eprintln!("slackwater: {plain}");
-    ExitCode::FAILURE
 }

@@ -11,6 +11,9 @@ use crate::control::{
     client,
 };
 
+/// Shown in the table.
+const RECEIPTS: usize = 5;
+
 pub enum Order {
     Reload,
     Swap(SwapRequest),
@@ -108,7 +111,7 @@ fn table(status: &Value) -> String {
             let age = match set["known_age_seconds"].as_f64() {
                 None => ", nothing known from Kubernetes yet".to_owned(),
                 Some(0.0) => String::new(),
-                Some(age) => format!(", known from {age:.0} s ago: the Kubernetes API does not answer"),
+                Some(age) => format!(", known {age:.0} s ago, see warnings"),
             };
             out += &format!("  set {set_name}: usable {}, saturation {saturation}{age}\n", set["usable"]);
             for e in set["endpoints"].as_array().into_iter().flatten() {
@@ -130,8 +133,23 @@ fn table(status: &Value) -> String {
             out += &format!("\n{key}: {}\n", text(line));
         }
     }
-    for receipt in status["drains"].as_array().into_iter().flatten() {
-        out += &format!("\nreceipt: {receipt}\n");
+    // The newest, in short; --json has them whole.
+    let receipts = status["drains"].as_array().map_or(&[][..], Vec::as_slice);
+    for r in receipts.iter().skip(receipts.len().saturating_sub(RECEIPTS)) {
+        let way = match r["kind"].as_str() {
+            Some("swap") => format!("swap {} {} -> {}", text(&r["upstream"]), text(&r["from"]), text(&r["to"])),
+            _ => "drain".to_owned(),
+        };
+        let cut = r["cut"].as_array().map_or(0, Vec::len);
+        let seconds = r["seconds"].as_f64().unwrap_or_default();
+        out += &format!(
+            "\n{way}, {}, {seconds:.2} s, by {}: in flight {}, completed {}, failed {}, cut {cut}\n",
+            text(&r["started"]),
+            text(&r["by"]),
+            r["in_flight"],
+            r["completed"],
+            r["failed"]
+        );
     }
     out
 }

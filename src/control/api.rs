@@ -1,6 +1,14 @@
 //! The admin protocol (HTTP over the unix socket: everything that changes something) and the ops endpoints (everything that tells).
 
-use std::{convert::Infallible, net::IpAddr, rc::Rc, sync::Arc, time::Duration};
+use std::{
+    cell::RefCell,
+    collections::{HashMap, hash_map::Entry},
+    convert::Infallible,
+    net::IpAddr,
+    rc::Rc,
+    sync::Arc,
+    time::Duration,
+};
 
 use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full, Limited};
@@ -26,6 +34,10 @@ type Answer = Response<Full<bytes::Bytes>>;
 const MAX_BODY: usize = 64 * 1024;
 /// Connections served at once on each of the two; more wait in the backlog.
 const MAX_CONNECTIONS: usize = 64;
+/// Of those on the ops port from one address: one that takes them all must not fail the checks of the others.
+const MAX_OF_ONE_PEER: usize = 16;
+/// A connection to the ops port in all, whatever is done on it. Scrapers and probes open new ones.
+const OPS_CONNECTION: Duration = Duration::from_secs(10);
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// `POST /swap`.
@@ -98,13 +110,27 @@ pub async fn serve_admin(control: Arc<Control>, listener: UnixListener) {
 /// Serves the ops port until its task is dropped.
 pub async fn serve_ops(control: Arc<Control>, listener: TcpListener) {
     let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    // By peer; an entry goes with its last connection.
+    let open: Rc<RefCell<HashMap<IpAddr, usize>>> = Rc::default();
     loop {
         let Ok(permit) = permits.clone().acquire_owned().await else { return };
         match listener.accept().await {
             Ok((stream, peer)) => {
-                let control = control.clone();
+                let (control, open, peer) = (control.clone(), open.clone(), peer.ip().to_canonical());
+                if *open.borrow().get(&peer).unwrap_or(&0) >= MAX_OF_ONE_PEER {
+                    continue;
+                }
+                *open.borrow_mut().entry(peer).or_default() += 1;
                 tokio::task::spawn_local(async move {
-                    serve(stream, |request| std::future::ready(ops(&control, peer.ip().to_canonical(), &request))).await;
+                    let serving = serve(stream, |request| std::future::ready(ops(&control, peer, &request)));
+                    // Whoever keeps one open longer takes it from the kubelet's checks.
+                    let _ = tokio::time::timeout(OPS_CONNECTION, serving).await;
+                    if let Entry::Occupied(mut count) = open.borrow_mut().entry(peer) {
+                        *count.get_mut() -= 1;
+                        if *count.get() == 0 {
+                            count.remove();
+                        }
+                    }
                     drop(permit);
                 });
             }

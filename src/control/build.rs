@@ -13,7 +13,7 @@ use crate::{
     },
     upstream::{
         Activation, Endpoint, Set, Snapshot, Upstream,
-        health::{Preflight, Probe},
+        health::{Health, Preflight, Probe},
         snapshot::ActiveBy,
     },
 };
@@ -125,6 +125,16 @@ fn next_set(config: &SetConfig, found: &[Address], old: Option<&Arc<Set>>, hashe
     Arc::new(Set::new(config.clone(), list, hashed))
 }
 
+/// What a pod that is new has to answer before its first user.
+pub fn asked(health: &mut Health, set: &SetConfig) {
+    if set.ping.is_some() || set.status_path.is_some() {
+        health.probe = Probe::Pending;
+    }
+    if set.preflight.is_some() {
+        health.preflight = Preflight::Asking;
+    }
+}
+
 /// Endpoints outlive snapshots and are known by address.
 struct Endpoints {
     known: HashMap<Address, Arc<Endpoint>>,
@@ -157,14 +167,7 @@ impl Endpoints {
             Arc::new(Endpoint::new(*next_id - 1, address.clone(), workers))
         });
         if endpoint.id >= self.first_new {
-            endpoint.update_health(0, |health| {
-                if set.ping.is_some() || set.status_path.is_some() {
-                    health.probe = Probe::Pending;
-                }
-                if set.preflight.is_some() {
-                    health.preflight = Preflight::Asking;
-                }
-            });
+            endpoint.update_health(0, |health| asked(health, set));
         }
         endpoint.clone()
     }

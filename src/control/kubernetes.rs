@@ -31,8 +31,6 @@ use crate::model::settings::Kubernetes;
 pub mod client;
 pub mod events;
 
-use client::said;
-
 /// The workers of each pod of a set's Service.
 pub const FPM_WORKERS: &str = "slackwater.dev/fpm-workers";
 /// The set that is to be active, on the Service that `active_from` names.
@@ -42,6 +40,9 @@ const COALESCE: Duration = Duration::from_millis(100);
 /// The server ends a watch after so long, and the next one shows whether it is still there.
 const WATCH_SECONDS: u32 = 60;
 const LONGEST_NAME: usize = 100;
+/// Of what a server says of an error.
+const LONGEST_REASON: usize = 400;
+const MOST_WORKERS: u32 = 10_000;
 const FIRST_BACK_OFF: Duration = Duration::from_millis(800);
 const LONGEST_BACK_OFF: Duration = Duration::from_secs(5);
 
@@ -49,7 +50,7 @@ const LONGEST_BACK_OFF: Duration = Duration::from_secs(5);
 #[derive(Clone, Debug, Default)]
 pub struct Known {
     /// `None`: never listed yet.
-    pub slices: Option<Arc<Vec<EndpointSlice>>>,
+    pub slices: Option<Arc<[Arc<EndpointSlice>]>>,
     /// `None`: not told yet.
     pub service: Option<Annotations>,
 }
@@ -59,50 +60,77 @@ pub struct Known {
 pub struct Annotations {
     pub workers: Option<u32>,
     pub active: Option<Arc<str>>,
+    /// There is no such Service.
+    #[serde(default)]
+    pub missing: bool,
 }
 
 /// By Service.
 pub type AllKnown = BTreeMap<Arc<str>, Known>;
 
-/// When the API server last answered a question about a Service, and since when it does not.
+/// What is asked about a Service, each in a watch of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Asked {
+    Slices,
+    Annotations,
+}
+
+/// When the API server last answered each question, and since when it does not.
 #[derive(Debug, Default)]
-pub struct Contacts(Mutex<HashMap<String, Contact>>);
+pub struct Contacts(Mutex<HashMap<(String, Asked), Contact>>);
 
 #[derive(Clone, Debug, Default)]
 struct Contact {
     /// By this process's predecessor, as the state file says.
     remembered: Option<SystemTime>,
+    /// A list has been complete.
+    listed: bool,
     answered: Option<Instant>,
-    failing: Option<(Instant, String)>,
+    failing: Option<Failing>,
+}
+
+#[derive(Clone, Debug)]
+struct Failing {
+    first: Instant,
+    last: Instant,
+    why: String,
+}
+
+impl Contact {
+    /// A good answer behind the failure ends it.
+    fn failing(&self) -> Option<&Failing> {
+        self.failing.as_ref().filter(|failing| self.answered.is_none_or(|answered| failing.last >= answered))
+    }
 }
 
 impl Contacts {
-    fn change(&self, service: &str, change: impl FnOnce(&mut Contact)) {
-        change(self.0.lock().unwrap_or_else(PoisonError::into_inner).entry(service.to_owned()).or_default());
+    fn change<T>(&self, service: &str, asked: Asked, change: impl FnOnce(&mut Contact) -> T) -> T {
+        change(self.0.lock().unwrap_or_else(PoisonError::into_inner).entry((service.to_owned(), asked)).or_default())
     }
 
-    /// How old what is known of the Service is, zero while it is being watched; and why. `None`: nothing was ever known.
-    pub fn age(&self, service: &str) -> Option<(Duration, String)> {
-        let contacts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let contact = contacts.get(service)?;
-        let why = || contact.failing.as_ref().map_or_else(String::new, |(_, why)| why.clone());
-        let Some(answered) = contact.answered else {
-            return Some((contact.remembered?.elapsed().unwrap_or_default(), why()));
-        };
-        Some(match &contact.failing {
-            Some((since, why)) if *since >= answered => (answered.elapsed(), why.clone()),
-            _ => (Duration::ZERO, String::new()),
+    fn look<T>(&self, service: &str, asked: Asked, look: impl FnOnce(&Contact) -> Option<T>) -> Option<T> {
+        look(self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&(service.to_owned(), asked))?)
+    }
+
+    /// How old what is known of the Service's pods is, zero while they are being watched. `None`: nothing was ever known.
+    pub fn age(&self, service: &str) -> Option<Duration> {
+        self.look(service, Asked::Slices, |contact| match (contact.listed, contact.failing()) {
+            (true, None) => Some(Duration::ZERO),
+            (true, Some(_)) => contact.answered.map(|answered| answered.elapsed()),
+            (false, _) => Some(contact.remembered?.elapsed().unwrap_or_default()),
         })
     }
 
     /// What is known of the Service is what the state file had at that time.
     pub fn remembered(&self, service: &str, at: SystemTime) {
-        self.change(service, |contact| contact.remembered = Some(at));
+        for asked in [Asked::Slices, Asked::Annotations] {
+            self.change(service, asked, |contact| contact.remembered = Some(at));
+        }
     }
 
-    /// Why nothing is known, as far as it was said.
-    pub fn reason(&self, service: &str) -> Option<String> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(service)?.failing.as_ref().map(|(_, why)| why.clone())
+    /// Why it cannot be asked now.
+    pub fn reason(&self, service: &str, asked: Asked) -> Option<String> {
+        self.look(service, asked, |contact| Some(contact.failing()?.why.clone()))
     }
 }
 
@@ -176,27 +204,25 @@ struct Watch {
 
 impl Watch {
     async fn run(self) {
+        // Of our own Service nothing is asked but who its pods are.
+        if self.settings.self_service.as_ref() == Some(&self.service) {
+            self.keep(Asked::Slices).await;
+        } else {
+            tokio::join!(self.keep(Asked::Slices), self.keep(Asked::Annotations));
+        }
+    }
+
+    /// Asks, and begins anew with other credentials where these are refused.
+    async fn keep(&self, asked: Asked) {
         let mut back_off = BackOff::default();
         loop {
             let began = Instant::now();
-            let client = match client::heard(&self.settings, &self.service, &self.contacts).await {
-                Ok(client) => client,
-                Err(why) => {
-                    self.failed(&why);
-                    back_off.wait().await;
-                    continue;
-                }
-            };
-            let slices = self.slices(Api::namespaced(client.clone(), &self.settings.namespace));
-            // Of our own Service nothing is asked but who its pods are.
-            if self.settings.self_service.as_ref() == Some(&self.service) {
-                slices.await;
-            } else {
-                let service = self.annotations(Api::namespaced(client, &self.settings.namespace));
-                tokio::select! {
-                    () = slices => {}
-                    () = service => {}
-                }
+            match client::heard(&self.settings, &self.service, asked, &self.contacts).await {
+                Ok((client, server)) => match asked {
+                    Asked::Slices => self.slices(Api::namespaced(client, &self.settings.namespace), &server).await,
+                    Asked::Annotations => self.annotations(Api::namespaced(client, &self.settings.namespace), &server).await,
+                },
+                Err(why) => self.failed(asked, why),
             }
             if began.elapsed() > LONGEST_BACK_OFF * 2 {
                 back_off = BackOff::default();
@@ -205,18 +231,53 @@ impl Watch {
         }
     }
 
-    fn failed(&self, why: &str) {
-        self.contacts.change(&self.service, |contact| {
-            if contact.failing.as_ref().is_none_or(|(_, before)| before != why) {
-                tracing::warn!(
-                    service = &*self.service,
-                    namespace = self.settings.namespace,
-                    why,
-                    "the Kubernetes API cannot be asked; what is known stays in force"
-                );
+    /// Said once for each reason.
+    fn failed(&self, asked: Asked, why: String) {
+        let (service, namespace, now) = (&*self.service, &*self.settings.namespace, Instant::now());
+        let why: String = why.chars().take(LONGEST_REASON).collect();
+        self.contacts.change(service, asked, |contact| {
+            if contact.failing.as_ref().is_none_or(|before| before.why != why) {
+                if contact.listed || contact.remembered.is_some() {
+                    tracing::warn!(
+                        service,
+                        namespace,
+                        ?asked,
+                        why,
+                        "the Kubernetes API cannot be asked; what is known stays in force"
+                    );
+                } else {
+                    tracing::error!(
+                        service,
+                        namespace,
+                        ?asked,
+                        why,
+                        "the Kubernetes API cannot be asked, and nothing is known yet"
+                    );
+                }
             }
-            contact.failing = Some((Instant::now(), why.to_owned()));
+            let first = contact.failing.as_ref().map_or(now, |before| before.first);
+            contact.failing = Some(Failing { first, last: now, why });
         });
+        // What is said of it elsewhere says so too.
+        self.changed.notify_one();
+    }
+
+    /// It answers: an event came, or nothing at all has gone wrong since the last good answer.
+    fn answers(&self, asked: Asked, listed: bool) {
+        let (service, namespace) = (&*self.service, &*self.settings.namespace);
+        self.contacts.change(service, asked, |contact| {
+            contact.listed |= listed;
+            if let Some(failing) = contact.failing.take() {
+                let seconds = failing.first.elapsed().as_secs();
+                tracing::info!(service, namespace, ?asked, seconds, "the Kubernetes API answers again");
+                self.changed.notify_one();
+            }
+        });
+    }
+
+    fn is_quiet_again(&self, asked: Asked) -> bool {
+        self.contacts.look(&self.service, asked, |contact| Some(contact.failing.is_some() && contact.failing().is_none()))
+            == Some(true)
     }
 
     fn update(&self, change: impl FnOnce(&mut Known)) {
@@ -224,36 +285,40 @@ impl Watch {
         self.changed.notify_one();
     }
 
-    async fn slices(&self, api: Api<EndpointSlice>) {
+    async fn slices(&self, api: Api<EndpointSlice>, server: &str) {
         let config = watcher::Config::default()
             .labels(&format!("kubernetes.io/service-name={}", self.service))
             .timeout(WATCH_SECONDS)
             .streaming_lists();
-        self.mirror(watcher(api, config), |all| {
-            let slices = Arc::new(all.values().cloned().collect());
+        self.mirror(Asked::Slices, server, watcher(api, config), |all| {
+            let slices = all.values().cloned().collect();
             self.update(|known| known.slices = Some(slices));
         })
         .await;
     }
 
-    async fn annotations(&self, api: Api<Service>) {
+    async fn annotations(&self, api: Api<Service>, server: &str) {
         let config =
             watcher::Config::default().fields(&format!("metadata.name={}", self.service)).timeout(WATCH_SECONDS).streaming_lists();
-        self.mirror(watcher(api, config), |all| {
+        let mut bad_before = None;
+        self.mirror(Asked::Annotations, server, watcher(api, config), |all| {
             let annotation = |name: &str| all.values().next().and_then(|service| service.meta().annotations.as_ref()?.get(name));
             let told = annotation(FPM_WORKERS);
-            let workers = told.and_then(|text| text.parse().ok().filter(|workers| *workers > 0));
-            if let (Some(text), None) = (told, workers) {
+            let workers = told.and_then(|text| text.parse().ok().filter(|workers| (1..=MOST_WORKERS).contains(workers)));
+            let bad = told.filter(|_| workers.is_none()).map(|text| text.chars().take(LONGEST_NAME).collect::<String>());
+            // A Service changes for many reasons.
+            if let Some(value) = bad.as_ref().filter(|_| bad != bad_before) {
                 tracing::warn!(
                     service = &*self.service,
                     annotation = FPM_WORKERS,
-                    value = text,
-                    "is not a number above 0 and does not count"
+                    value,
+                    "is not a number from 1 to 10000 and does not count"
                 );
             }
+            bad_before = bad;
             // No set has a longer name; what is said of an unknown one stays readable.
             let active = annotation(ACTIVE).map(|set| set.trim().chars().take(LONGEST_NAME).collect::<String>().into());
-            self.update(|known| known.service = Some(Annotations { workers, active }));
+            self.update(|known| known.service = Some(Annotations { workers, active, missing: all.is_empty() }));
         })
         .await;
     }
@@ -262,23 +327,44 @@ impl Watch {
     /// refused: a client believes a token that it has read for a minute, and a new client reads it again.
     async fn mirror<K: Resource + Clone>(
         &self,
+        asked: Asked,
+        server: &str,
         events: impl Stream<Item = watcher::Result<Event<K>>>,
-        mut changed: impl FnMut(&BTreeMap<String, K>),
+        mut changed: impl FnMut(&BTreeMap<String, Arc<K>>),
     ) {
         let (mut all, mut list) = (BTreeMap::new(), BTreeMap::new());
         let mut back_off = BackOff::default();
         let mut events = pin!(events);
         let name = |object: &K| object.meta().name.clone().unwrap_or_default();
-        while let Some(event) = std::future::poll_fn(|cx| events.as_mut().poll_next(cx)).await {
+        loop {
+            let next = std::future::poll_fn(|cx| events.as_mut().poll_next(cx));
+            let event = match tokio::time::timeout(QUIET, next).await {
+                Ok(Some(event)) => event,
+                Ok(None) => return,
+                Err(_) => {
+                    if self.is_quiet_again(asked) {
+                        self.answers(asked, false);
+                    }
+                    continue;
+                }
+            };
+            let is_list = matches!(event, Ok(Event::InitDone));
             match event {
-                Ok(Event::Init) => list.clear(),
-                Ok(Event::InitApply(object)) => drop(list.insert(name(&object), object)),
+                // Not yet an answer: the first is said before anything is asked.
+                Ok(Event::Init) => {
+                    list.clear();
+                    continue;
+                }
+                Ok(Event::InitApply(object)) => {
+                    list.insert(name(&object), Arc::new(object));
+                    continue;
+                }
                 Ok(Event::InitDone) => {
                     all = std::mem::take(&mut list);
                     changed(&all);
                 }
                 Ok(Event::Apply(object)) => {
-                    all.insert(name(&object), object);
+                    all.insert(name(&object), Arc::new(object));
                     changed(&all);
                 }
                 Ok(Event::Delete(object)) => {
@@ -286,14 +372,15 @@ impl Watch {
                     changed(&all);
                 }
                 Err(error) => {
-                    self.failed(&said(&error));
-                    back_off.wait().await;
+                    self.failed(asked, format!("{server}: {}", client::said_of_watch(&error)));
                     if is_unauthorized(&error) {
                         return;
                     }
+                    back_off.wait().await;
                     continue;
                 }
             }
+            self.answers(asked, is_list);
             back_off = BackOff::default();
         }
     }
@@ -309,6 +396,9 @@ fn is_unauthorized(error: &watcher::Error) -> bool {
         _ => false,
     }
 }
+
+/// A watch on which nothing happens for so long after an error has got over it.
+const QUIET: Duration = Duration::from_secs(2);
 
 /// From 0.8 s to at most 5 s, with jitter, so that replicas do not come back all at once.
 struct BackOff(Duration);

@@ -56,6 +56,8 @@ pub struct Control {
     pub connections: Arc<Open>,
     /// The ends of requests from Draining on.
     pub drained: Arc<Tally>,
+    /// Tells this process from others: random.
+    pub instance: Arc<str>,
     /// How fresh what Kubernetes has told is.
     pub contacts: Arc<kubernetes::Contacts>,
     pub told: Mutex<Told>,
@@ -69,6 +71,8 @@ pub struct Told {
     pub warnings: Vec<String>,
     /// Upstreams whose annotation is not followed, and why.
     pub refused: BTreeMap<Arc<str>, String>,
+    /// What of the cluster is not as the configuration has it, or is not answered.
+    pub cluster: Vec<String>,
     /// What the annotation says, by upstream.
     pub annotated: BTreeMap<Arc<str>, Arc<str>>,
     /// Turns whose old set has not drained yet, by the Activation's serial.

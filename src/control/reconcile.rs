@@ -15,7 +15,7 @@ use super::{
     Control,
     build::{self, Before},
     config::{self, Config},
-    kubernetes::{ACTIVE, AllKnown, Discovery, Known},
+    kubernetes::{ACTIVE, AllKnown, Asked, Discovery, Known},
     rfc3339,
     slices::AllFound,
     state::State,
@@ -109,6 +109,8 @@ pub struct Reconciler {
     switch: Switch,
     listeners: Box<dyn Listeners>,
     probes: Probes,
+    /// A probe's report is on its way.
+    probed: std::rc::Rc<std::cell::Cell<bool>>,
     /// Sites of earlier configurations by the upstream that only they route to.
     retired: BTreeMap<Arc<str>, Vec<Weak<Site>>>,
     discovery: Option<Discovery>,
@@ -122,6 +124,9 @@ pub struct Reconciler {
     since_written: u32,
     /// Upstreams whose annotated set is not usable at the start, while it is not known what the peers serve.
     waits_for_peers: Vec<Arc<str>>,
+    /// What is not as the configuration has it in the cluster, as it was said last; and what is not answered.
+    odd: BTreeSet<String>,
+    unanswered: Vec<String>,
     /// Why the annotation of an upstream is not followed, as it was said last.
     refused: BTreeMap<Arc<str>, String>,
     peers: Peers,
@@ -141,7 +146,14 @@ impl Reconciler {
     ) -> Self {
         let changes = control.changes.clone();
         // A report that finds the channel full may be lost: another change is about to look at everything.
-        let report: Report = std::rc::Rc::new(move || drop(changes.try_send(Change::Probed)));
+        // Many at once are one.
+        let probed = std::rc::Rc::new(std::cell::Cell::new(false));
+        let seen = probed.clone();
+        let report: Report = std::rc::Rc::new(move || {
+            if !seen.replace(true) && changes.try_send(Change::Probed).is_err() {
+                seen.set(false);
+            }
+        });
         let discovery = config
             .settings
             .kubernetes
@@ -166,6 +178,7 @@ impl Reconciler {
             switch: state.switch,
             listeners,
             probes: Probes::new(report, warm),
+            probed,
             retired: BTreeMap::new(),
             discovery,
             known,
@@ -174,6 +187,8 @@ impl Reconciler {
             unwritten: false,
             since_written: 0,
             waits_for_peers: Vec::new(),
+            odd: BTreeSet::new(),
+            unanswered: Vec::new(),
             peers: Peers::default(),
             refused: BTreeMap::new(),
             dropped: Vec::new(),
@@ -204,11 +219,8 @@ impl Reconciler {
                     self.unwritten = true;
                 }
                 Change::Peers(served) => self.peers = Peers::Told(served),
-                Change::Remember => {
-                    self.remember();
-                    continue;
-                }
-                Change::Probed => {}
+                Change::Remember => self.remember(),
+                Change::Probed => self.probed.set(false),
             }
             self.settled();
         }
@@ -219,6 +231,7 @@ impl Reconciler {
         self.follow_annotations();
         let snapshot = self.control.store.load_full();
         self.tell_endpoints(&snapshot);
+        self.tell_of_cluster(&snapshot);
         let services = self.services();
         if let Some(discovery) = &mut self.discovery {
             discovery.follow(&services);
@@ -238,12 +251,16 @@ impl Reconciler {
             .values()
             // Pods that are not warm are better than none: their preflight is no reason to stay out of the load balancer.
             .filter(|u| !u.retired && u.active.usable(now) == 0 && !u.active.gave_up())
-            .map(|u| format!("upstream {} has no usable endpoint in set {}{}", u.name, u.active.name(), self.why_empty(&u.active)))
+            .map(|u| {
+                let why = self.why_empty(&u.active).map_or_else(String::new, |why| format!(": {why}"));
+                format!("upstream {} has no usable endpoint in set {}{why}", u.name, u.active.name())
+            })
             .collect();
         // Before that it is not known which set is the right one.
         for (name, service) in self.config.upstreams.iter().filter_map(|(name, u)| Some((name, u.active_from.as_ref()?))) {
             if self.known.get(service).is_none_or(|known| known.service.is_none()) {
-                let why = self.control.contacts.reason(service).map_or_else(String::new, |why| format!(": {why}"));
+                let why =
+                    self.control.contacts.reason(service, Asked::Annotations).map_or_else(String::new, |why| format!(": {why}"));
                 missing.push(format!("upstream {name} does not know yet what service {service} says is active{why}"));
             }
         }
@@ -407,7 +424,11 @@ pub fn vote(snapshot: &Snapshot, upstream: &str, set: &str, force: bool) -> Resu
     let (usable, wanted) = (set.usable(now), set.config.min_ready);
     if usable < wanted && !force {
         let first = set.endpoints.iter().map(|e| (e, e.reason(now))).find(|(_, reason)| !reason.is_empty());
-        let why = first.map_or_else(String::new, |(endpoint, reason)| format!(" ({}: {reason})", endpoint.address));
+        let why = match (&set.config.kubernetes, first) {
+            (_, Some((endpoint, reason))) => format!(" ({}: {reason})", endpoint.address),
+            (Some(source), None) if set.endpoints.is_empty() => format!(" (service {} has no ready pods)", source.service),
+            _ => String::new(),
+        };
         return Err(format!(
             "set {} of upstream {} has {usable} usable endpoints of {}, min_ready is {wanted}{why}",
             set.name(),

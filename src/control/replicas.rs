@@ -17,7 +17,9 @@ use crate::model::{Address, upstream::Port};
 /// Of one question to one replica, connecting included.
 const LIMIT: Duration = Duration::from_secs(5);
 /// `/status` of a hundred endpoints is some 20 KiB.
-const MAX_ANSWER: usize = 8 * 1024 * 1024;
+const MAX_ANSWER: usize = 1024 * 1024;
+/// Replicas that are asked; whoever writes slices must not make us ask the whole cluster.
+const MOST: usize = 64;
 /// The name that the ops port may have in the Service; else the number that this process has.
 const OPS: &str = "ops";
 
@@ -30,16 +32,22 @@ pub struct Replica {
 }
 
 /// Those that are ready: a replica that starts takes the annotated set by itself, and one that is terminating is on its way out.
-pub fn ready(slices: &[EndpointSlice], ops_port: u16) -> Vec<Replica> {
+pub fn ready<'a>(slices: impl IntoIterator<Item = &'a EndpointSlice>, ops_port: u16) -> Vec<Replica> {
+    let slices: Vec<&EndpointSlice> = slices.into_iter().collect();
     // The pods and their names.
     let pods: BTreeMap<&str, &str> = slices
         .iter()
         .flat_map(|slice| &slice.endpoints)
-        .filter_map(|endpoint| Some((endpoint.addresses.first()?.as_str(), endpoint.target_ref.as_ref()?.name.as_deref()?)))
+        .filter_map(|endpoint| {
+            let target = endpoint.target_ref.as_ref().filter(|target| target.kind.as_deref() == Some("Pod"))?;
+            // It becomes part of a path.
+            let name = target.name.as_deref().filter(|name| is_pod_name(name))?;
+            Some((endpoint.addresses.first()?.as_str(), name))
+        })
         .collect();
-    let named = slices::merge(slices, &Port::Name(OPS.to_owned()));
-    let found = if named.is_empty() { slices::merge_any(slices, ops_port) } else { named };
-    let ready = found.into_iter().filter(|(_, ready)| *ready);
+    let named = slices::merge(slices.iter().copied(), &Port::Name(OPS.to_owned()));
+    let found = if named.is_empty() { slices::merge_any(slices.iter().copied(), ops_port) } else { named };
+    let ready = found.into_iter().filter(|(_, pod)| pod.ready).take(MOST);
     let mut all: Vec<Replica> = ready
         .filter_map(|(address, _)| match address {
             Address::Tcp(ops) => {
@@ -51,6 +59,12 @@ pub fn ready(slices: &[EndpointSlice], ops_port: u16) -> Vec<Replica> {
         .collect();
     all.sort();
     all
+}
+
+/// RFC 1123 subdomain, as the API server has it for pods.
+fn is_pod_name(name: &str) -> bool {
+    let fine = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'-' | b'.');
+    name.len() <= 253 && name.bytes().all(fine) && !name.starts_with(['-', '.']) && !name.contains("..")
 }
 
 /// How they are reached.
@@ -124,10 +138,14 @@ async fn proxied(client: &Client, namespace: &str, replica: &Replica, path: &str
     let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await.map_err(|e| e.to_string())?.to_bytes();
     // What the API server itself refuses is a Status object, not an answer of the replica.
     match serde_json::from_slice::<Value>(&body) {
-        Ok(status) if status["kind"] == "Status" => Err(format!(
-            "the API server answers {code}: {} (`get` on pods/proxy is needed)",
-            status["message"].as_str().unwrap_or_default()
-        )),
+        Ok(status) if status["kind"] == "Status" => {
+            let message = status["message"].as_str().unwrap_or_default();
+            let hint = match code {
+                403 => "`get` on pods/proxy is needed",
+                _ => "is listen.ops on, and does a NetworkPolicy let the API server in?",
+            };
+            Err(format!("not reached through the API server, which answers {code}: {message} ({hint})"))
+        }
         _ => Ok((code, body)),
     }
 }
@@ -142,7 +160,11 @@ pub fn served(answers: &BTreeMap<Replica, Result<(u16, Value), String>>) -> BTre
             }
         }
     }
-    let most = |sets: BTreeMap<&str, usize>| sets.into_iter().max_by_key(|(_, n)| *n).map(|(set, _)| set.to_owned());
+    // Two that are equal say nothing.
+    let most = |sets: BTreeMap<&str, usize>| {
+        let (set, n) = sets.iter().max_by_key(|(_, n)| **n)?;
+        (sets.values().filter(|other| *other == n).count() == 1).then(|| (*set).to_owned())
+    };
     votes.into_iter().filter_map(|(name, sets)| Some((name.to_owned(), most(sets)?))).collect()
 }
 
@@ -155,7 +177,7 @@ mod tests {
             "metadata": { "name": "a" }, "addressType": "IPv4", "ports": ports,
             "endpoints": [
                 { "addresses": ["10.0.0.2"], "targetRef": { "kind": "Pod", "name": "edge-b", "uid": "b" } },
-                { "addresses": ["10.0.0.1"], "conditions": { "ready": true } },
+                { "addresses": ["10.0.0.1"], "conditions": { "ready": true }, "targetRef": { "kind": "Pod", "name": "../x:1/proxy/y?" } },
                 { "addresses": ["10.0.0.3"], "conditions": { "ready": false } },
                 { "addresses": ["10.0.0.4"], "conditions": { "ready": false, "serving": true, "terminating": true } },
             ],

@@ -6,6 +6,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
+    sync::Arc,
 };
 
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
@@ -15,8 +16,20 @@ use crate::model::{
     upstream::{Port, ServicePort},
 };
 
-/// Every endpoint once, and whether it is ready. One that is not is leaving: it finishes what it has, and is a last resort.
-pub type Found = BTreeMap<Address, bool>;
+/// Every endpoint once.
+pub type Found = BTreeMap<Address, Pod>;
+
+/// What the slices say of an endpoint.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Pod {
+    /// Else it is leaving: it finishes what it has, and is a last resort.
+    pub ready: bool,
+    /// Addresses are used again; this is not. `None`: not told.
+    pub uid: Option<Arc<str>>,
+}
+
+/// The endpoints of a Service that are looked at; each costs a probe and a line in every list.
+pub const MOST: usize = 5_000;
 
 /// What every set of Kubernetes finds; absent: its Service was never listed yet.
 pub type AllFound = BTreeMap<ServicePort, Found>;
@@ -49,11 +62,33 @@ fn merge_by<'a>(slices: impl IntoIterator<Item = &'a EndpointSlice>, port: impl 
                 }
                 pods.insert((uid, &slice.address_type));
             }
-            let known = found.entry(Address::Tcp(SocketAddr::new(ip, port))).or_insert(ready);
-            *known |= ready;
+            let uid = endpoint.target_ref.as_ref().and_then(|target| target.uid.as_deref());
+            let address = Address::Tcp(SocketAddr::new(ip, port));
+            if found.len() >= MOST && !found.contains_key(&address) {
+                continue;
+            }
+            let known = found.entry(address).or_default();
+            // Of two pods that had this address the ready one has it now.
+            if ready || known.uid.is_none() {
+                known.uid = uid.map(Arc::from).or(known.uid.take());
+            }
+            known.ready |= ready;
         }
     }
     found
+}
+
+/// The ready pods of the slices, whatever their ports, and the names and numbers of these: for telling why `merge` finds none.
+pub fn ports<'a>(slices: impl IntoIterator<Item = &'a EndpointSlice>) -> (usize, BTreeSet<String>) {
+    let (mut ready, mut ports) = (0, BTreeSet::new());
+    for slice in slices {
+        ready += slice.endpoints.iter().filter(|endpoint| condition(endpoint) == Some(true)).count();
+        for port in slice.ports.iter().flatten() {
+            let name = port.name.as_deref().filter(|name| !name.is_empty()).map_or_else(String::new, |name| format!("\"{name}\" "));
+            ports.insert(format!("{name}{}", port.port.unwrap_or_default()));
+        }
+    }
+    (ready, ports)
 }
 
 /// A slice has all its ports for all its endpoints.
@@ -100,7 +135,7 @@ mod tests {
     }
 
     fn shown(found: &Found) -> Vec<String> {
-        found.iter().map(|(address, ready)| format!("{address}{}", if *ready { "" } else { " leaving" })).collect()
+        found.iter().map(|(address, pod)| format!("{address}{}", if pod.ready { "" } else { " leaving" })).collect()
     }
 
     fn named() -> Port {

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     kubernetes::{AllKnown, Annotations},
-    slices::{AllFound, Found},
+    slices::{AllFound, Found, Pod},
     switch::Switch,
 };
 use crate::model::upstream::{Port, ServicePort};
@@ -31,7 +31,7 @@ pub struct State {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Remembered {
     pub namespace: String,
-    /// Seconds since 1970.
+    /// Seconds since 1970: when the API server had last told it.
     pub written: u64,
     pub services: BTreeMap<Arc<str>, Service>,
 }
@@ -82,8 +82,10 @@ impl State {
 
 impl Remembered {
     /// What is worth to be remembered of what is known now.
-    pub fn of(namespace: &str, known: &AllKnown, found: &AllFound) -> Self {
-        let written = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    /// `age` is that of the oldest of it: what is old does not get young by being written again.
+    pub fn of(namespace: &str, known: &AllKnown, found: &AllFound, age: Duration) -> Self {
+        let at = SystemTime::now().checked_sub(age).unwrap_or(UNIX_EPOCH);
+        let written = at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let mut services: BTreeMap<Arc<str>, Service> = BTreeMap::new();
         for (name, known) in known {
             services.entry(name.clone()).or_default().annotations = known.service.clone();
@@ -93,7 +95,7 @@ impl Remembered {
                 Port::Name(name) => PortName::Name(name.clone()),
                 Port::Number(number) => PortName::Number(*number),
             };
-            let endpoints = found.iter().map(|(address, ready)| (address.to_string(), *ready)).collect();
+            let endpoints = found.iter().map(|(address, pod)| (address.to_string(), pod.ready)).collect();
             services.entry(service.clone()).or_default().ports.push(Endpoints { port, endpoints });
         }
         Remembered { namespace: namespace.to_owned(), written, services }
@@ -112,7 +114,10 @@ impl Remembered {
                     PortName::Name(name) => Port::Name(name.clone()),
                     PortName::Number(number) => Port::Number(*number),
                 };
-                let found: Found = endpoints.iter().filter_map(|(address, ready)| Some((address.parse().ok()?, *ready))).collect();
+                let found: Found = endpoints
+                    .iter()
+                    .filter_map(|(address, ready)| Some((address.parse().ok()?, Pod { ready: *ready, uid: None })))
+                    .collect();
                 all.insert(ServicePort { service: service.clone(), port }, found);
             }
         }
@@ -129,15 +134,19 @@ mod tests {
     fn what_is_remembered_is_what_was_known() {
         let source = |service: &str, port| ServicePort { service: service.into(), port };
         let found = AllFound::from([
-            (source("php-blue", Port::Name("fpm".into())), Found::from([("10.0.0.1:9000".parse().unwrap(), true)])),
-            (source("php-green", Port::Number(9000)), Found::from([("[fd00::1]:9000".parse().unwrap(), false)])),
+            (
+                source("php-blue", Port::Name("fpm".into())),
+                Found::from([("10.0.0.1:9000".parse().unwrap(), Pod { ready: true, uid: None })]),
+            ),
+            (source("php-green", Port::Number(9000)), Found::from([("[fd00::1]:9000".parse().unwrap(), Pod::default())])),
         ]);
-        let service = Some(Annotations { workers: Some(8), active: Some("green".into()) });
+        let service = Some(Annotations { workers: Some(8), active: Some("green".into()), missing: false });
         let known = AllKnown::from([("php".into(), Known { slices: None, service })]);
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("state.json");
         assert_eq!(State::load(&path).unwrap(), State::default());
-        let state = State { switch: Switch::default(), kubernetes: Some(Remembered::of("learning", &known, &found)) };
+        let state =
+            State { switch: Switch::default(), kubernetes: Some(Remembered::of("learning", &known, &found, Duration::ZERO)) };
         state.save(&path).unwrap();
         let again = State::load(&path).unwrap();
         assert_eq!(again, state);

@@ -50,8 +50,11 @@ pub fn status(control: &Control) -> Value {
         })
         .collect();
     let refused = told.refused.iter().map(|(name, reason)| format!("upstream {name}: annotation not followed: {reason}"));
-    let warnings: Vec<String> = told.warnings.iter().cloned().chain(refused).chain(told.unsaved.clone()).collect();
+    // What has just come up before what the file has said from the start.
+    let warnings: Vec<String> =
+        refused.chain(told.cluster.iter().cloned()).chain(told.unsaved.clone()).chain(told.warnings.iter().cloned()).collect();
     json!({
+        "instance": *control.instance,
         "phase": control.phase.get().name(),
         "generation": snapshot.generation,
         "config_hash": &*snapshot.config_hash,
@@ -66,14 +69,16 @@ pub fn status(control: &Control) -> Value {
 
 fn endpoint(endpoint: &Endpoint) -> Value {
     let now = now_ms();
-    let (state, reason) = if endpoint.is_disabled() {
-        ("disabled", "by an operator".to_owned())
+    let state = if endpoint.is_disabled() {
+        "disabled"
     } else if endpoint.is_leaving() {
-        ("leaving", "its pod is terminating".to_owned())
+        "leaving"
     } else if endpoint.is_usable(now) {
-        ("usable", String::new())
+        "usable"
+    } else if endpoint.is_cold() {
+        "preflight"
     } else {
-        (if endpoint.is_cold() { "preflight" } else { "unusable" }, endpoint.reason(now))
+        "unusable"
     };
     json!({
         "address": endpoint.address.to_string(),
@@ -81,7 +86,7 @@ fn endpoint(endpoint: &Endpoint) -> Value {
         "capacity": endpoint.capacity(),
         "busy": endpoint.busy(),
         "parked": endpoint.parked(),
-        "reason": reason,
+        "reason": endpoint.reason(now),
     })
 }
 
@@ -89,7 +94,7 @@ fn endpoint(endpoint: &Endpoint) -> Value {
 fn known_age(control: &Control, set: &Set) -> Option<f64> {
     match &set.config.kubernetes {
         None => Some(0.0),
-        Some(source) => control.contacts.age(&source.service).map(|(age, _)| age.as_secs_f64()),
+        Some(source) => control.contacts.age(&source.service).map(|age| age.as_secs_f64()),
     }
 }
 

@@ -22,7 +22,7 @@ use super::{
 use crate::{
     error::{Error, Kind},
     lifecycle::PhaseCell,
-    model::{Peer, Settings, names::X_REQUEST_ID},
+    model::{Peer, Settings, names::X_REQUEST_ID, site::Symlinks},
     upstream::Dispatcher,
 };
 
@@ -225,11 +225,13 @@ async fn serve_from_any<'a>(
     if !matches!(served, Served::NotFound) {
         return Ok(served);
     }
-    for root in others {
-        let lookup = Lookup { steps: files.clone(), otherwise: Otherwise::NotFound };
-        let served = worker.files.serve(request, root, &site.symlinks, lookup).await?;
-        if !matches!(served, Served::NotFound) {
-            return Ok(served);
+    if matches!(*request.method, Method::GET | Method::HEAD) {
+        for root in others {
+            let lookup = Lookup { steps: files.clone(), otherwise: Otherwise::NotFound };
+            // Whatever the site's own rule: a link of another release leads nowhere but into that release. And what is wrong there is not an answer here.
+            if let Ok(response @ Served::Response(_)) = worker.files.serve(request, root, &Symlinks::Within, lookup).await {
+                return Ok(response);
+            }
         }
     }
     Ok(otherwise.into())

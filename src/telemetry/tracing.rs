@@ -71,7 +71,7 @@ fn filter(level: &str) -> Result<EnvFilter, String> {
         }
     }
     // What the Kubernetes client says by itself of a lost connection we say once, with what follows from it; unless it is asked for.
-    let level = if level.contains("kube_client") { level.to_owned() } else { format!("{level},kube_client=off") };
+    let level = if level.contains("kube_") { level.to_owned() } else { format!("{level},kube_client=off,kube_runtime=off") };
     EnvFilter::try_new(&level).map_err(|error| format!("`{level}` is not a filter: {error}"))
 }
 

@@ -37,6 +37,11 @@ pub struct Endpoint {
     unusable_until_ms: AtomicU64,
     failures: AtomicU32,
     health: Mutex<Health>,
+    /// An annotation tells the capacity: it is not learned.
+    told_capacity: AtomicBool,
+    /// The pod that has this address now, and how many had it.
+    pod: Mutex<Option<Arc<str>>>,
+    pods: AtomicU32,
     /// In preflight: a mirror of `health`.
     cold: AtomicBool,
     /// How its preflight stands, in words.
@@ -64,6 +69,9 @@ impl Endpoint {
             unusable_until_ms: AtomicU64::new(0),
             failures: AtomicU32::new(0),
             health: Mutex::new(Health::default()),
+            told_capacity: AtomicBool::new(false),
+            pod: Mutex::default(),
+            pods: AtomicU32::new(0),
             cold: AtomicBool::new(false),
             preflight: Mutex::default(),
             probes_waiting: AtomicU32::new(0),
@@ -84,6 +92,39 @@ impl Endpoint {
 
     pub fn set_capacity(&self, capacity: Option<u32>) {
         self.capacity.store(capacity.unwrap_or(UNKNOWN), Ordering::SeqCst);
+    }
+
+    /// By an annotation; `None`: no longer, so that it is unknown until it is learned.
+    pub fn tell_capacity(&self, capacity: Option<u32>) {
+        let was_told = self.told_capacity.swap(capacity.is_some(), Ordering::SeqCst);
+        if capacity.is_some() || was_told {
+            self.set_capacity(capacity);
+        }
+    }
+
+    pub fn is_told_capacity(&self) -> bool {
+        self.told_capacity.load(Ordering::Relaxed)
+    }
+
+    /// How many pods have had this address.
+    pub fn pods(&self) -> u32 {
+        self.pods.load(Ordering::Relaxed)
+    }
+
+    /// The pod that has this address. Where it is another than before, nothing that was known of that one counts: true. Its workers' slots stay
+    /// taken until our requests there have ended.
+    pub fn set_pod(&self, uid: &Arc<str>, fresh: Health) -> bool {
+        let mut pod = self.pod.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_other = pod.as_ref().is_some_and(|before| before != uid);
+        if pod.as_ref() != Some(uid) {
+            *pod = Some(uid.clone());
+        }
+        if is_other {
+            self.pods.fetch_add(1, Ordering::SeqCst);
+            self.set_disabled(false);
+            self.update_health(0, |health| *health = fresh);
+        }
+        is_other
     }
 
     /// Slots taken: busy and parked.
@@ -166,6 +207,12 @@ impl Endpoint {
 
     /// Why it is not usable; empty where nothing is to be said.
     pub fn reason(&self, now_ms: u64) -> String {
+        if self.is_disabled() {
+            return "disabled by an operator".to_owned();
+        }
+        if self.is_leaving() {
+            return "its pod is terminating".to_owned();
+        }
         let health = self.health();
         let detail = self.preflight.lock().unwrap_or_else(PoisonError::into_inner);
         match health.reason(now_ms) {

@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, rc::Rc, sync::Arc, time::Duration};
 
 use bytes::BytesMut;
 use http::{HeaderMap, HeaderValue, Method, Version, header};
-use tokio::{task::AbortHandle, time::Instant};
+use tokio::{sync::Semaphore, task::AbortHandle, time::Instant};
 
 use super::{
     admission::Queue,
@@ -39,6 +39,8 @@ const ANSWER_GRACE: Duration = Duration::from_secs(1);
 /// Some 400 bytes for each process.
 const MAX_ANSWER: usize = 1024 * 1024;
 
+/// Questions under way at once.
+const AT_ONCE: usize = 64;
 /// Between two requests of a preflight that did not go well.
 const PREFLIGHT_RETRY: Duration = Duration::from_millis(500);
 
@@ -75,12 +77,22 @@ impl Question {
 pub struct Probes {
     report: Report,
     warm: Warm,
-    running: BTreeMap<(u64, Arc<str>), (SetConfig, AbortHandle)>,
+    /// At most so many questions at once, however many pods come.
+    permits: Rc<Semaphore>,
+    /// By endpoint, upstream and set.
+    running: BTreeMap<(u64, Arc<str>, Arc<str>), Running>,
+}
+
+struct Running {
+    config: SetConfig,
+    /// Of those that have had the address, the one that it asks.
+    pod: u32,
+    task: AbortHandle,
 }
 
 impl Probes {
     pub fn new(report: Report, warm: Warm) -> Self {
-        Probes { report, warm, running: BTreeMap::new() }
+        Probes { report, warm, permits: Rc::new(Semaphore::new(AT_ONCE)), running: BTreeMap::new() }
     }
 
     /// Exactly the probes of this snapshot from now on.
@@ -100,20 +112,26 @@ impl Probes {
                     if config.ping.is_none() && config.status_path.is_none() && config.preflight.is_none() {
                         continue;
                     }
-                    wanted.insert((endpoint.id, set.name().clone()), (endpoint.clone(), set.clone(), upstream.clone()));
+                    let key = (endpoint.id, upstream.name.clone(), set.name().clone());
+                    wanted.insert(key, (endpoint.clone(), set.clone(), upstream.clone()));
                 }
             }
         }
-        self.running.retain(|key, (config, task)| {
-            let stays = wanted.get(key).is_some_and(|(_, set, _)| set.config == *config);
+        self.running.retain(|key, running| {
+            let stays =
+                wanted.get(key).is_some_and(|(endpoint, set, _)| set.config == running.config && endpoint.pods() == running.pod);
             if !stays {
-                task.abort();
+                running.task.abort();
             }
             stays
         });
         for (key, (endpoint, set, upstream)) in wanted {
             if !self.running.contains_key(&key) {
+                let pod = endpoint.pods();
                 let target = Target {
+                    permits: self.permits.clone(),
+                    upstream: upstream.name.clone(),
+                    set: set.name().clone(),
                     endpoint,
                     queue: upstream.queue.clone(),
                     connect_timeout: upstream.policy.connect_timeout,
@@ -122,7 +140,7 @@ impl Probes {
                 };
                 let question = set.config.preflight.as_ref().map(|p| (self.warm)(snapshot, &upstream.name, &set.config, p));
                 let task = tokio::task::spawn_local(probe(target, set.clone(), question)).abort_handle();
-                self.running.insert(key, (set.config.clone(), task));
+                self.running.insert(key, Running { config: set.config.clone(), pod, task });
             }
         }
     }
@@ -135,6 +153,9 @@ fn asks(snapshot: &Snapshot, endpoint: &Endpoint) -> bool {
 }
 
 struct Target {
+    permits: Rc<Semaphore>,
+    upstream: Arc<str>,
+    set: Arc<str>,
     endpoint: Arc<Endpoint>,
     queue: Arc<Queue>,
     connect_timeout: Duration,
@@ -217,7 +238,7 @@ impl Target {
             if *code != 200 && !std::mem::replace(told, true) {
                 tracing::warn!(endpoint = %self.endpoint.address, path, code, "status_path is not configured in FPM; its capacity stays unknown");
             }
-            if self.learns_capacity && *code == 200 && self.endpoint.capacity() != capacity {
+            if self.learns_capacity && !self.endpoint.is_told_capacity() && *code == 200 && self.endpoint.capacity() != capacity {
                 tracing::info!(endpoint = %self.endpoint.address, ?capacity, "capacity from FPM's status (pm = static)");
                 self.endpoint.set_capacity(capacity);
                 (self.report)();
@@ -235,16 +256,17 @@ impl Target {
         let mut last = String::new();
         let question = match question {
             Ok(question) => question,
-            Err(why) => return self.warmed(health::Preflight::GaveUp, why),
+            Err(why) => return self.warmed(preflight, health::Preflight::GaveUp, why),
         };
         while good < preflight.requests {
             if spent >= preflight.give_up {
                 let why =
                     format!("{good} of {} good answers after {:?}; the last was {last}", preflight.requests, preflight.give_up);
-                return self.warmed(health::Preflight::GaveUp, why);
+                return self.warmed(preflight, health::Preflight::GaveUp, why);
             }
             let so_far = if last.is_empty() { String::new() } else { format!("; the last was {last}") };
-            let standing = format!("{good} of {} good answers{so_far}", preflight.requests);
+            let until = preflight.give_up;
+            let standing = format!("{good} of {} good answers{so_far}; asked for at most {until:?}", preflight.requests);
             self.endpoint.set_preflight(now_ms(), health::Preflight::Asking, standing);
             let slot = self.endpoint.take_for_probe(&self.queue).await;
             let asked = Instant::now();
@@ -262,21 +284,24 @@ impl Target {
             }
             spent += asked.elapsed();
         }
-        self.warmed(health::Preflight::Done, String::new());
+        self.warmed(preflight, health::Preflight::Done, String::new());
     }
 
-    fn warmed(&self, preflight: health::Preflight, why: String) {
-        let endpoint = &self.endpoint.address;
-        if preflight == health::Preflight::Done {
-            tracing::info!(%endpoint, "preflight done");
+    fn warmed(&self, preflight: &Preflight, outcome: health::Preflight, why: String) {
+        let (endpoint, upstream, set) = (&self.endpoint.address, &*self.upstream, &*self.set);
+        if outcome == health::Preflight::Done {
+            tracing::info!(%endpoint, upstream, set, "preflight done");
         } else {
             tracing::error!(
                 %endpoint,
+                upstream,
+                set,
+                path = preflight.path,
                 why,
-                "preflight gave up: no requests there unless nothing else is usable; `slackwater endpoint enable` lets it in"
+                "preflight gave up: no requests there unless nothing else is usable; to let it in: slackwater endpoint enable {upstream} {endpoint}"
             );
         }
-        self.endpoint.set_preflight(now_ms(), preflight, why);
+        self.endpoint.set_preflight(now_ms(), outcome, why);
         (self.report)();
     }
 
@@ -286,6 +311,8 @@ impl Target {
 
     /// Status code and body of the answer, which may take as long as `limit`, connecting included.
     async fn ask(&self, address: &Address, question: &Question, limit: Duration) -> Result<(u16, Vec<u8>), String> {
+        // Waiting for the others' answers is not the pod's fault.
+        let _permit = self.permits.acquire().await;
         let asking = async {
             let mut conn = Conn::connect(address, self.connect_timeout).await.map_err(|e| e.to_string())?;
             encode(&mut conn.output, question).map_err(|e| e.to_string())?;
@@ -374,7 +401,9 @@ mod tests {
         let queue = Arc::new(Queue::default());
         let slot = endpoint.try_take(&queue).unwrap();
         let connect_timeout = Duration::from_secs(1);
-        (Target { endpoint, queue, connect_timeout, learns_capacity: false, report: Rc::new(|| ()) }, slot)
+        let (upstream, set) = ("php".into(), "blue".into());
+        let permits = Rc::new(Semaphore::new(1));
+        (Target { permits, upstream, set, endpoint, queue, connect_timeout, learns_capacity: false, report: Rc::new(|| ()) }, slot)
     }
 
     #[tokio::test(start_paused = true)]

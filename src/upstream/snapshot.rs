@@ -99,7 +99,7 @@ impl Set {
 
     /// The workers of all endpoints; `None` where one is not known.
     pub fn capacity(&self) -> Option<u32> {
-        self.endpoints.iter().map(|e| e.capacity()).sum()
+        self.endpoints.iter().try_fold(0_u32, |sum, endpoint| Some(sum.saturating_add(endpoint.capacity()?)))
     }
 
     pub fn has(&self, endpoint: u64) -> bool {

@@ -441,9 +441,12 @@ impl<'a> Value<'a> {
     }
 
     /// An address with a prefix length, or a single address.
-    /// One network or several, separated by commas: a placeholder is one value.
+    /// One network or several, separated by commas, or none: a placeholder is one value.
     pub fn networks(&self) -> Option<Vec<IpNet>> {
-        self.text()?.split(',').map(|text| self.network(text.trim())).collect()
+        match self.text()?.trim() {
+            "" => Some(Vec::new()),
+            text => text.split(',').map(|text| self.network(text.trim())).collect(),
+        }
     }
 
     fn network(&self, text: &str) -> Option<IpNet> {

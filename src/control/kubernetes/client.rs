@@ -11,10 +11,11 @@ use kube::{
     Client, Config,
     client::ClientBuilder,
     config::{KubeConfigOptions, Kubeconfig},
+    runtime::watcher,
 };
 use tokio::time::Instant;
 
-use super::Contacts;
+use super::{Asked, Contacts};
 use crate::model::settings::Kubernetes;
 
 /// A watch on which not even its end comes is half open.
@@ -28,8 +29,33 @@ pub enum Place {
     Outside,
 }
 
+/// An error of the API in words: what it answers and with which code, or why it does not.
+pub fn said(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) => said_of_status(status),
+        other => chain(other),
+    }
+}
+
+pub(super) fn said_of_watch(error: &watcher::Error) -> String {
+    match error {
+        watcher::Error::InitialListFailed(e) | watcher::Error::WatchStartFailed(e) | watcher::Error::WatchFailed(e) => said(e),
+        watcher::Error::WatchError(status) => said_of_status(status),
+        other => chain(other),
+    }
+}
+
+fn said_of_status(status: &kube::core::Status) -> String {
+    let hint = match status.code {
+        401 => "; is the token the right one?",
+        403 => "; does the Role have it (docs/install.md, Kubernetes)?",
+        _ => "",
+    };
+    format!("{} ({}){hint}", status.message, status.code)
+}
+
 /// An error with what it comes from.
-pub fn said(error: &dyn std::error::Error) -> String {
+fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
@@ -39,7 +65,7 @@ pub fn said(error: &dyn std::error::Error) -> String {
         }
         source = cause.source();
     }
-    text
+    text.trim_start_matches("ServiceError: ").to_owned()
 }
 
 /// By the file that is named, else the pod's service account, else $KUBECONFIG.
@@ -49,24 +75,24 @@ pub async fn config(settings: &Kubernetes) -> Result<(Config, Place), String> {
     let place = if std::env::var_os("KUBERNETES_SERVICE_HOST").is_some() { Place::Inside } else { Place::Outside };
     let mut config = match &settings.kubeconfig {
         Some(path) => {
-            let file = Kubeconfig::read_from(path).map_err(|e| format!("kubeconfig {}: {}", path.display(), said(&e)))?;
+            let file = Kubeconfig::read_from(path).map_err(|e| format!("kubeconfig {}: {}", path.display(), chain(&e)))?;
             let config = Config::from_custom_kubeconfig(file, &options).await;
-            config.map_err(|e| format!("kubeconfig {}: {}", path.display(), said(&e)))?
+            config.map_err(|e| format!("kubeconfig {}: {}", path.display(), chain(&e)))?
         }
         None => match Config::incluster() {
             Ok(config) => config,
             Err(incluster) => match Kubeconfig::from_env() {
                 Ok(Some(file)) => {
                     let config = Config::from_custom_kubeconfig(file, &options).await;
-                    config.map_err(|e| format!("$KUBECONFIG: {}", said(&e)))?
+                    config.map_err(|e| format!("$KUBECONFIG: {}", chain(&e)))?
                 }
                 Ok(None) => {
                     return Err(format!(
                         "no service account ({}), and neither kubernetes.kubeconfig nor $KUBECONFIG",
-                        said(&incluster)
+                        chain(&incluster)
                     ));
                 }
-                Err(error) => return Err(format!("$KUBECONFIG: {}", said(&error))),
+                Err(error) => return Err(format!("$KUBECONFIG: {}", chain(&error))),
             },
         },
     };
@@ -77,26 +103,38 @@ pub async fn config(settings: &Kubernetes) -> Result<(Config, Place), String> {
     Ok((config, place))
 }
 
-/// A client for orders and Events.
+fn server(config: &Config) -> String {
+    config.cluster_url.to_string().trim_end_matches('/').to_owned()
+}
+
+/// A client for orders and Events; where it goes.
 ///
 /// # Errors
 /// In words, with where the credentials were looked for.
-pub async fn plain(settings: &Kubernetes) -> Result<(Client, Place), String> {
+pub async fn plain(settings: &Kubernetes) -> Result<(Client, Place, String), String> {
     let (config, place) = config(settings).await?;
-    Ok((ClientBuilder::try_from(config).map_err(|e| said(&e))?.build(), place))
+    let server = server(&config);
+    Ok((ClientBuilder::try_from(config).map_err(|e| chain(&e))?.build(), place, server))
 }
 
 /// A client whose good answers are noted.
-pub(super) async fn heard(settings: &Kubernetes, service: &Arc<str>, contacts: &Arc<Contacts>) -> Result<Client, String> {
+pub(super) async fn heard(
+    settings: &Kubernetes,
+    service: &Arc<str>,
+    asked: Asked,
+    contacts: &Arc<Contacts>,
+) -> Result<(Client, String), String> {
     let (config, _) = config(settings).await?;
-    let heard = Heard { service: service.clone(), contacts: contacts.clone() };
-    let builder = ClientBuilder::try_from(config).map_err(|e| said(&e))?;
-    Ok(builder.with_layer(&tower::layer::layer_fn(|inner| Hearing { inner, heard: heard.clone() })).build())
+    let server = server(&config);
+    let heard = Heard { service: service.clone(), asked, contacts: contacts.clone() };
+    let builder = ClientBuilder::try_from(config).map_err(|e| chain(&e))?;
+    Ok((builder.with_layer(&tower::layer::layer_fn(|inner| Hearing { inner, heard: heard.clone() })).build(), server))
 }
 
 #[derive(Clone)]
 struct Heard {
     service: Arc<str>,
+    asked: Asked,
     contacts: Arc<Contacts>,
 }
 
@@ -124,7 +162,7 @@ where
         Box::pin(async move {
             let answer = answer.await?;
             if answer.status().is_success() {
-                heard.contacts.change(&heard.service, |contact| contact.answered = Some(Instant::now()));
+                heard.contacts.change(&heard.service, heard.asked, |contact| contact.answered = Some(Instant::now()));
             }
             Ok(answer)
         })

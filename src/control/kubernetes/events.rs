@@ -51,7 +51,7 @@ pub fn start(settings: Kubernetes) -> mpsc::Sender<Said> {
 }
 
 async fn create(settings: &Kubernetes, said_of: &Said) -> Result<(), String> {
-    let (client, _) = client::plain(settings).await?;
+    let (client, ..) = client::plain(settings).await?;
     let now = Time(Timestamp::now());
     let host = std::env::var("HOSTNAME").ok();
     let event = Event {

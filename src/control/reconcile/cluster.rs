@@ -11,20 +11,24 @@ use tokio::sync::mpsc;
 use super::{Change, FILE_TURN_BUDGET, Reconciler, vote};
 use crate::{
     control::{
+        build,
         config::Config,
-        kubernetes::{ACTIVE, AllKnown, events::Said},
+        kubernetes::{ACTIVE, AllKnown, Asked, events::Said},
         replicas::{self, Way},
         slices::{self, AllFound},
         state::{Remembered, State},
     },
     lifecycle::Phase,
-    model::upstream::ServicePort,
-    upstream::{Endpoint, Set, Snapshot, store::Task},
+    model::upstream::{Port, ServicePort},
+    upstream::{Endpoint, Set, Snapshot, dispatch::now_ms, health::Health, store::Task},
 };
 
 /// How often what is known is written to the state file, where it has changed or to renew its age.
 const REMEMBER_EVERY: Duration = Duration::from_secs(1);
 const RENEW_EVERY: u32 = 60;
+
+const ASK_AGAIN: u32 = 5;
+const ASK_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 /// What the other replicas serve: asked once, by a process that starts and cannot follow the annotation.
 #[derive(Debug, Default)]
@@ -34,6 +38,17 @@ pub(super) enum Peers {
     Asked,
     Told(BTreeMap<String, String>),
 }
+
+/// A refusal without what is volatile in it.
+fn kind(reason: &str) -> &str {
+    reason.split(" (").next().unwrap_or(reason)
+}
+
+/// Turns whose old set has not drained: beyond so many the annotation waits.
+const UNDRAINED: usize = 16;
+
+/// Who turned, in logs and receipts.
+pub(super) const ANNOTATION: &str = "annotation";
 
 enum PeersServe {
     NotKnown,
@@ -57,7 +72,8 @@ pub(super) async fn remember(changes: mpsc::Sender<Change>) {
 impl Reconciler {
     pub(super) fn to_remember(&self) -> Option<Remembered> {
         let kubernetes = self.config.settings.kubernetes.as_ref()?;
-        Some(Remembered::of(&kubernetes.namespace, &self.known, &self.found))
+        let age = self.services().iter().filter_map(|service| self.control.contacts.age(service)).max().unwrap_or_default();
+        Some(Remembered::of(&kubernetes.namespace, &self.known, &self.found, age))
     }
 
     /// Writes the state file, if there is something to be written.
@@ -79,6 +95,9 @@ impl Reconciler {
         {
             tracing::error!(why, "what Kubernetes has told would not survive a restart");
         }
+        if unsaved.is_none() && told.unsaved.is_some() {
+            tracing::info!(path = %path.display(), "the state file can be written again");
+        }
         told.unsaved = unsaved;
     }
 
@@ -93,10 +112,20 @@ impl Reconciler {
             && let Some(service) = &kubernetes.self_service
             && let Some(slices) = self.known.get(service).and_then(|known| known.slices.clone())
         {
-            let replicas = replicas::ready(&slices, self.ops_port());
-            let changes = self.control.changes.clone();
+            let replicas = replicas::ready(slices.iter().map(|slice| &**slice), self.ops_port());
+            let (changes, own) = (self.control.changes.clone(), self.control.instance.clone());
             tokio::task::spawn_local(async move {
-                let answers = Way::Direct.get_all(&replicas, "/status").await;
+                let mut answers = Way::Direct.get_all(&replicas, "/status").await;
+                // Where some are there and none answers it is not known that nobody serves.
+                for _ in 0..ASK_AGAIN {
+                    if answers.is_empty() || answers.values().any(Result::is_ok) {
+                        break;
+                    }
+                    tokio::time::sleep(ASK_AGAIN_AFTER).await;
+                    answers = Way::Direct.get_all(&replicas, "/status").await;
+                }
+                // After a crash the slice still has this pod as ready.
+                answers.retain(|_, answer| answer.as_ref().map_or(true, |(_, status)| status["instance"] != *own));
                 for (replica, why) in answers.iter().filter_map(|(r, a)| Some((r, a.as_ref().err()?))) {
                     tracing::warn!(replica = replica.name, why, "a replica did not say which set it serves");
                 }
@@ -104,7 +133,13 @@ impl Reconciler {
             });
             self.peers = Peers::Asked;
         }
-        Some(format!("the annotated set of upstream {names} cannot be used; asking the other replicas which they serve"))
+        let unknown = self.config.settings.kubernetes.as_ref().and_then(|kubernetes| {
+            let service = kubernetes.self_service.as_ref().filter(|_| matches!(self.peers, Peers::NotAsked))?;
+            let why = self.control.contacts.reason(service, Asked::Slices).unwrap_or_else(|| "not listed yet".to_owned());
+            Some(format!("the other replicas are not known: service {service}: {why}"))
+        });
+        let what = unknown.unwrap_or_else(|| "asking the other replicas which they serve".to_owned());
+        Some(format!("the annotated set of upstream {names} cannot be used; {what}"))
     }
 
     /// Every Service that is to be watched.
@@ -149,9 +184,14 @@ impl Reconciler {
                 tracing::info!(upstream = &**name, set = &**set_name, endpoints = set.endpoints.len(), came, went, "endpoints");
                 if set.endpoints.is_empty() && *set_name == upstream.activation.set {
                     self.control.metrics.emptied(name, set_name);
+                    let now = now_ms();
+                    let others = upstream.sets.values().filter(|other| other.usable(now) > 0);
+                    let usable: Vec<String> = others.map(|other| format!("{} has {}", other.name(), other.usable(now))).collect();
                     tracing::error!(
                         upstream = &**name,
                         set = &**set_name,
+                        why = self.why_empty(set),
+                        usable_elsewhere = usable.join(", "),
                         "the active set has lost its last endpoint; requests wait in the queue"
                     );
                 }
@@ -166,7 +206,7 @@ impl Reconciler {
     pub(super) fn find(&self, config: &Config) -> AllFound {
         let sources = config.upstreams.values().flat_map(|u| &u.sets).filter_map(|set| set.kubernetes.as_ref());
         let found = |source: &ServicePort| match self.known.get(&source.service).and_then(|known| known.slices.as_deref()) {
-            Some(slices) => Some(slices::merge(slices, &source.port)),
+            Some(slices) => Some(slices::merge(slices.iter().map(|slice| &**slice), &source.port)),
             None => self.remembered.get(source).cloned(),
         };
         sources.filter_map(|source| Some((source.clone(), found(source)?))).collect()
@@ -183,7 +223,10 @@ impl Reconciler {
             let wanted = self.annotated(&service);
             match self.follow_annotation(&name, wanted) {
                 Ok(()) => drop(self.refused.remove(&name)),
-                Err(reason) if self.refused.get(&name) == Some(&reason) => {}
+                // Behind the parenthesis stands how a pod is doing just now, which changes all the time.
+                Err(reason) if self.refused.get(&name).is_some_and(|before| kind(before) == kind(&reason)) => {
+                    self.refused.insert(name, reason);
+                }
                 Err(reason) => {
                     self.control.metrics.swap("refused");
                     let message = format!("upstream {name} does not follow {ACTIVE}: {reason}");
@@ -219,10 +262,26 @@ impl Reconciler {
         let Some(wanted) = wanted else {
             // A Service that is deleted by mistake must not turn traffic.
             return match self.switch.annotated.get(name) {
-                Some(set) => Err(format!("it is gone; set {set} stays active")),
+                Some(set) => {
+                    let told = self.config.upstreams.get(name).and_then(|u| u.active_from.clone());
+                    let service = told.clone().unwrap_or_default();
+                    let missing = told.and_then(|service| self.known.get(&service)?.service.as_ref().map(|told| told.missing));
+                    let what = if missing == Some(true) {
+                        format!("service {service} is gone")
+                    } else {
+                        format!("service {service} has no annotation {ACTIVE} any more")
+                    };
+                    Err(format!(
+                        "{what}; set {set} stays active; to say so: kubectl annotate --overwrite service {service} {ACTIVE}={set}"
+                    ))
+                }
                 None => Ok(()),
             };
         };
+        let undrained = self.control.told().turning.values().filter(|turn| turn.upstream == *name).count();
+        if undrained >= UNDRAINED && *upstream.active.name() != wanted {
+            return Err(format!("{undrained} turns before have not drained yet"));
+        }
         let mut switch = self.switch.clone();
         let usable = vote(&snapshot, name, &wanted, false);
         let starting = self.control.phase.get() == Phase::Starting;
@@ -252,12 +311,19 @@ impl Reconciler {
         switch.peers.retain(|upstream, _| !switch.annotated.contains_key(upstream));
         let next = self.build(&self.config, &switch)?;
         self.switch = switch;
-        let turns = self.put_in_force(next, "annotation", FILE_TURN_BUDGET);
-        if !turns.is_empty() {
+        let turns = self.put_in_force(next, ANNOTATION, FILE_TURN_BUDGET);
+        let active = self.control.store.load().upstreams.get(name).map(|u| u.active.name().clone());
+        if starting && active.is_some() {
+            tracing::info!(
+                upstream = &**name,
+                set = active.as_deref(),
+                "starts on the set that the annotation, or the other replicas, say"
+            );
+        }
+        if let (false, Some(set)) = (turns.is_empty(), active) {
             self.control.metrics.swap("applied");
-            let active = self.control.store.load().upstreams.get(name).map(|u| u.active.name().to_string());
-            tracing::info!(upstream = &**name, set = active, by = "annotation", "swap");
-            if let (Some(set), Some(service)) = (active, self.config.upstreams.get(name).and_then(|u| u.active_from.clone())) {
+            tracing::info!(upstream = &**name, set = &*set, by = ANNOTATION, "swap");
+            if let Some(service) = self.config.upstreams.get(name).and_then(|u| u.active_from.clone()) {
                 let message = format!("upstream {name} has turned to set {set}");
                 self.say(Said { service, warning: false, reason: "ActiveSetTurned", message });
             }
@@ -289,6 +355,7 @@ impl Reconciler {
     /// Which pods are leaving, and how many workers each has by its Service's annotation.
     pub(super) fn tell_endpoints(&self, snapshot: &Snapshot) {
         let mut told: BTreeMap<u64, (&Arc<Endpoint>, bool, Option<u32>)> = BTreeMap::new();
+        let mut pods: BTreeMap<u64, (Arc<str>, Health)> = BTreeMap::new();
         for upstream in snapshot.upstreams.values() {
             for set in upstream.sets.values() {
                 let source = set.config.kubernetes.as_ref();
@@ -296,7 +363,12 @@ impl Reconciler {
                 let annotated = source.and_then(|source| self.known.get(&source.service)?.service.as_ref()?.workers);
                 let workers = upstream.policy.workers_per_endpoint.or(annotated);
                 for endpoint in &set.endpoints {
-                    let leaving = ready.is_some_and(|found| found.get(&endpoint.address) == Some(&false));
+                    let pod = ready.and_then(|found| found.get(&endpoint.address));
+                    let leaving = pod.is_some_and(|pod| !pod.ready);
+                    if let Some(uid) = pod.and_then(|pod| pod.uid.clone()) {
+                        let (_, fresh) = pods.entry(endpoint.id).or_insert_with(|| (uid, Health::default()));
+                        build::asked(fresh, &set.config);
+                    }
                     let (_, all_leaving, told_workers) = told.entry(endpoint.id).or_insert((endpoint, true, None));
                     *all_leaving &= leaving;
                     *told_workers = match (*told_workers, workers) {
@@ -307,9 +379,14 @@ impl Reconciler {
             }
         }
         for (endpoint, leaving, workers) in told.into_values() {
-            if let Some(workers) = workers {
-                endpoint.set_capacity(Some(workers));
+            if let Some((uid, fresh)) = pods.remove(&endpoint.id)
+                && endpoint.set_pod(&uid, fresh)
+            {
+                tracing::info!(endpoint = %endpoint.address, "another pod has this address now");
+                endpoint.tell_capacity(None);
+                self.close_leases(endpoint);
             }
+            endpoint.tell_capacity(workers);
             if endpoint.set_leaving(leaving) && leaving {
                 tracing::info!(endpoint = %endpoint.address, "leaving: no new requests");
                 self.close_leases(endpoint);
@@ -318,13 +395,89 @@ impl Reconciler {
     }
 
     /// Why a set of Kubernetes has no endpoints, as far as that is known.
-    pub(super) fn why_empty(&self, set: &Set) -> String {
-        match &set.config.kubernetes {
-            Some(source) if set.endpoints.is_empty() => match self.control.contacts.reason(&source.service) {
-                Some(why) => format!(" (service {}: {why})", source.service),
-                None => format!(" (service {} has no ready pods with this port)", source.service),
-            },
-            _ => String::new(),
+    pub(super) fn why_empty(&self, set: &Set) -> Option<String> {
+        let source = set.config.kubernetes.as_ref().filter(|_| set.endpoints.is_empty())?;
+        let ServicePort { service, port } = source;
+        let known = self.known.get(service);
+        let failing = self.control.contacts.reason(service, Asked::Slices);
+        let Some(slices) = known.and_then(|known| known.slices.as_deref()) else {
+            let why =
+                failing.map_or_else(|| "not listed yet".to_owned(), |why| format!("the Kubernetes API cannot be asked: {why}"));
+            return Some(format!("nothing is known of service {service}: {why}"));
+        };
+        let (ready, ports) = slices::ports(slices.iter().map(|slice| &**slice));
+        let port = match port {
+            Port::Name(name) => format!("named \"{name}\""),
+            Port::Number(number) => number.to_string(),
+        };
+        Some(match (known.and_then(|known| known.service.as_ref()), ready) {
+            (Some(told), 0) if told.missing => {
+                format!("there is no service {service} in namespace {}", self.namespace())
+            }
+            (_, 0) => format!("service {service} has no ready pods"),
+            (_, ready) => format!(
+                "service {service} has {ready} ready pods, but no slice has a TCP port {port}; there is {}",
+                ports.into_iter().collect::<Vec<_>>().join(", ")
+            ),
+        })
+    }
+
+    fn namespace(&self) -> &str {
+        self.config.settings.kubernetes.as_ref().map_or("", |kubernetes| &kubernetes.namespace)
+    }
+
+    /// What is not as the configuration has it in the cluster: names that nobody has, questions that are not answered. Each is logged when it
+    /// comes up; for as long as it lasts it stands in `/status`.
+    pub(super) fn tell_of_cluster(&mut self, snapshot: &Snapshot) {
+        let mut told = BTreeSet::new();
+        for service in self.services() {
+            for asked in [Asked::Slices, Asked::Annotations] {
+                // The watch has logged that.
+                if let Some(why) = self.control.contacts.reason(&service, asked) {
+                    let age = self.control.contacts.age(&service).map_or_else(
+                        || "nothing is known".to_owned(),
+                        |age| format!("what is known is {} s old and stays in force", age.as_secs()),
+                    );
+                    self.unanswered.push(format!("service {service}: the Kubernetes API cannot be asked: {why}; {age}"));
+                }
+            }
         }
+        for upstream in snapshot.upstreams.values().filter(|u| !u.retired) {
+            for set in upstream.sets.values() {
+                let names = |why: &String| why.starts_with("there is no service") || why.contains("no slice has a TCP port");
+                if let Some(why) = self.why_empty(set).filter(names) {
+                    told.insert(format!("set {} of upstream {}: {why}", set.name(), upstream.name));
+                }
+            }
+        }
+        for (name, upstream) in &self.config.upstreams {
+            let Some(service) = &upstream.active_from else { continue };
+            let Some(annotations) = self.known.get(service).and_then(|known| known.service.as_ref()) else { continue };
+            if annotations.active.is_none() && !self.switch.annotated.contains_key(name) {
+                let active = snapshot.upstreams.get(name).map_or_else(String::new, |u| format!("; active is {}", u.active.name()));
+                told.insert(if annotations.missing {
+                    format!(
+                        "upstream {name}: there is no service {service} (active_from) in namespace {}{active}",
+                        self.namespace()
+                    )
+                } else {
+                    format!("upstream {name}: service {service} (active_from) has no annotation {ACTIVE}{active}")
+                });
+            }
+        }
+        let ours = self.config.settings.kubernetes.as_ref().and_then(|kubernetes| kubernetes.self_service.as_ref());
+        if let Some(service) = ours
+            && self.known.get(service).is_some_and(|known| known.slices.as_ref().is_some_and(|slices| slices.is_empty()))
+        {
+            told.insert(format!(
+                "service {service} (kubernetes.self_service) has no slices in namespace {}: is that its name?",
+                self.namespace()
+            ));
+        }
+        for new in told.difference(&self.odd) {
+            tracing::warn!(what = new, "not as the configuration has it");
+        }
+        self.odd = told;
+        self.control.told().cluster = std::mem::take(&mut self.unanswered).into_iter().chain(self.odd.iter().cloned()).collect();
     }
 }

@@ -8,10 +8,13 @@ use std::{
 
 use tokio::{sync::oneshot, time::Instant};
 
-use super::{Reconciler, all_endpoints};
+use super::{Reconciler, all_endpoints, cluster::ANNOTATION};
 use crate::{
     control::{Turning, rfc3339},
-    lifecycle::drain::{Receipt, Tally},
+    lifecycle::{
+        Phase,
+        drain::{Receipt, Tally},
+    },
     upstream::{Activation, Endpoint, Snapshot},
 };
 
@@ -45,6 +48,10 @@ impl Reconciler {
         for endpoint in gone {
             self.dropped.push(Arc::downgrade(&endpoint));
             self.close_leases(&endpoint);
+        }
+        // Nobody has been served yet: there is nothing to drain, and no swap to tell of.
+        if by == ANNOTATION && self.control.phase.get() == Phase::Starting {
+            return Vec::new();
         }
         left.into_iter()
             .zip(tallies)
