@@ -277,9 +277,11 @@ async fn names_that_nobody_in_the_cluster_has_are_told() {
     api.slice("a", "php-blue", port, &[Pod::ready(pods[0].address())]);
     api.service("php-blue", &[]);
     let green = "active = \"blue\"\n[upstream.php.set.green]\nkubernetes = { service = \"php-gren\", port = \"fpm\" }\n[upstream.php.set.red]\nkubernetes = { service = \"php-blue\", port = \"fmp\" }\n";
-    let config = toml(&api.kubeconfig(folder.path()), &format!("active_from = \"service/phpp\"\n{green}"))
+    // Found through the environment, as `kubectl` does.
+    let config = toml(std::path::Path::new(""), &format!("active_from = \"service/phpp\"\n{green}"))
         .replace("[kubernetes]", "[kubernetes]\nself_service = \"slackwatr\"");
-    let proxy = Slackwater::start(&config).await;
+    let kubeconfig = api.kubeconfig(folder.path()).display().to_string();
+    let proxy = Slackwater::builder(&config).env("KUBECONFIG", &kubeconfig).start().await;
     let wanted = [
         "set green of upstream php: there is no service php-gren in namespace learning".to_owned(),
         "upstream php: there is no service phpp (active_from) in namespace learning; active is blue".to_owned(),

@@ -34,6 +34,7 @@ use crate::{
 };
 
 mod cluster;
+mod mismatch;
 mod turn;
 
 use cluster::{Peers, remember};
