@@ -11,7 +11,7 @@ use std::{
 use support::{
     apiserver::{ApiServer, Pod, slice},
     cluster::{Cluster, REAL},
-    http,
+    gate, http,
     ledger::LedgerClient,
     netns,
     process::{Slackwater, Wait},
@@ -120,15 +120,11 @@ async fn php(proxy: &Slackwater) -> serde_json::Value {
 }
 
 async fn until(proxy: &Slackwater, what: &str, wanted: impl Fn(&serde_json::Value) -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
+    gate::eventually(what, async || {
         let seen = php(proxy).await;
-        if wanted(&seen) {
-            return;
-        }
-        assert!(Instant::now() < deadline, "not {what}: {seen:#}\n{}", proxy.log_text());
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
+        if wanted(&seen) { Ok(()) } else { Err(format!("{seen:#}\n{}", proxy.log_text())) }
+    })
+    .await;
 }
 
 /// "ADDRESS STATE" of each endpoint of the blue set.

@@ -10,7 +10,7 @@ use std::{
 use support::{
     apiserver::{Pod, Rights},
     cluster::Cluster,
-    gate::Gate,
+    gate::{self, Gate},
     http,
     ledger::{Expect, LedgerClient, Shape},
     netns,
@@ -122,11 +122,11 @@ impl Fleet {
     }
 
     async fn until(&self, colour: &str) {
-        let deadline = Instant::now() + PATIENCE;
-        while self.colours().await.iter().any(|seen| seen != colour) {
-            assert!(Instant::now() < deadline, "not all {colour}: {:?}", self.colours().await);
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        gate::eventually(&format!("all {colour}"), async || {
+            let seen = self.colours().await;
+            if seen.iter().all(|seen| seen == colour) { Ok(()) } else { Err(format!("{seen:?}")) }
+        })
+        .await;
     }
 
     async fn annotation(&self) -> Option<String> {

@@ -11,7 +11,7 @@ use std::{
 use support::{
     apiserver::{ApiServer, Mood, Pod, Rights},
     children,
-    gate::Gate,
+    gate::{self, Gate},
     http,
     ledger::{Expect, LedgerClient, Shape},
     netns,
@@ -70,15 +70,11 @@ async fn endpoints(proxy: &Slackwater) -> Vec<String> {
 }
 
 async fn until(proxy: &Slackwater, what: &str, wanted: impl Fn(&[String]) -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
+    gate::eventually(what, async || {
         let seen = endpoints(proxy).await;
-        if wanted(&seen) {
-            return;
-        }
-        assert!(Instant::now() < deadline, "not {what}: {seen:?}\n{}", proxy.log_text());
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+        if wanted(&seen) { Ok(()) } else { Err(format!("{seen:?}\n{}", proxy.log_text())) }
+    })
+    .await;
 }
 
 async fn answered_by(proxy: &Slackwater) -> String {

@@ -2,10 +2,10 @@
 
 mod support;
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use support::{
-    gate::Gate,
+    gate::{self, Gate},
     http,
     ledger::{Expect, LedgerClient, Shape},
     process::{Slackwater, Wait},
@@ -47,15 +47,11 @@ async fn state(proxy: &Slackwater, set: &str, nth: usize) -> (String, String) {
 }
 
 async fn until(proxy: &Slackwater, set: &str, nth: usize, wanted: &str) -> String {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
+    gate::eventually(wanted, async || {
         let (state, reason) = state(proxy, set, nth).await;
-        if state == wanted {
-            return reason;
-        }
-        assert!(Instant::now() < deadline, "not {wanted} but {state}: {reason}\n{}", proxy.log_text());
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+        if state == wanted { Ok(reason) } else { Err(format!("{state}: {reason}\n{}", proxy.log_text())) }
+    })
+    .await
 }
 
 #[tokio::test(flavor = "multi_thread")]

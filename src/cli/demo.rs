@@ -60,11 +60,7 @@ pub enum Sabotage {
 }
 
 pub fn run(options: &Options) -> ExitCode {
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build_local(Default::default()) {
-        Ok(runtime) => runtime,
-        Err(error) => return super::fail(&error.to_string()),
-    };
-    runtime.block_on(show(options)).unwrap_or_else(|reason| super::fail(&format!("demo: {reason}")))
+    super::block_on(show(options)).unwrap_or_else(|reason| super::fail(&format!("demo: {reason}")))
 }
 
 /// Fields are dropped in this order: the proxy ends before PHP, and the folder goes last.

@@ -21,11 +21,13 @@ use super::fail;
 use crate::{
     control::{
         api::SwapRequest,
+        config::Config,
         kubernetes::{
             ACTIVE,
             client::{self, Place, said},
         },
-        replicas::{self, Replica, Way},
+        reconcile::no_such,
+        replicas::{self, Answer, Answers, Replica, Way},
     },
     model::settings::Kubernetes,
 };
@@ -38,20 +40,31 @@ pub struct Fleet {
     pub self_service: Arc<str>,
     pub active_from: Arc<str>,
     /// The upstream's, as the configuration here has them.
-    pub sets: Vec<String>,
+    pub sets: Vec<Arc<str>>,
     pub ops_port: u16,
 }
 
-type Answers = BTreeMap<Replica, Result<(u16, Value), String>>;
+impl Fleet {
+    /// `None`: the replicas do not share an annotation for this upstream, as far as this configuration says.
+    pub fn of(config: &Config, upstream: &str) -> Option<Fleet> {
+        let kubernetes = config.settings.kubernetes.clone()?;
+        let upstream = config.upstreams.get(upstream)?;
+        Some(Fleet {
+            self_service: kubernetes.self_service.clone()?,
+            active_from: upstream.active_from.clone()?,
+            sets: upstream.sets.iter().map(|set| set.name.clone()).collect(),
+            ops_port: config.settings.listen.ops?.port(),
+            kubernetes,
+        })
+    }
+}
 
 pub fn run(fleet: &Fleet, order: &SwapRequest) -> ExitCode {
+    if !fleet.sets.iter().any(|set| **set == *order.set) {
+        return fail(&no_such("set", &format!("{} of upstream {}", order.set, order.upstream), fleet.sets.iter()));
+    }
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build_local(Default::default()) {
-        Ok(runtime) => runtime,
-        Err(error) => return fail(&error.to_string()),
-    };
-    let done = runtime.block_on(async { Turn::new(fleet, order).await?.swap().await });
-    match done {
+    match super::block_on(async { Turn::new(fleet, order).await?.swap().await }) {
         Ok((message, receipt)) => {
             println!("{message}");
             if let Some(receipt) = receipt {
@@ -271,7 +284,7 @@ impl<'a> Turn<'a> {
 
 /// Who would not take it, and why.
 fn noes(answers: &Answers) -> Vec<(&Replica, String)> {
-    let reason = |answer: &Result<(u16, Value), String>| match answer {
+    let reason = |answer: &Answer| match answer {
         Ok((_, vote)) if vote["vote"] == "yes" => None,
         Ok((code, vote)) => Some(vote["reason"].as_str().map_or_else(|| format!("answers {code}"), str::to_owned)),
         Err(why) => Some(why.clone()),
@@ -279,12 +292,12 @@ fn noes(answers: &Answers) -> Vec<(&Replica, String)> {
     answers.iter().filter_map(|(replica, answer)| Some((replica, reason(answer)?))).collect()
 }
 
-fn serves(answer: &Result<(u16, Value), String>, upstream: &str, set: &str) -> bool {
+fn serves(answer: &Answer, upstream: &str, set: &str) -> bool {
     answer.as_ref().is_ok_and(|(_, status)| status["upstreams"][upstream]["active"] == *set)
 }
 
 /// Why a replica that has seen the annotation does not follow it.
-fn refusal(answer: &Result<(u16, Value), String>, upstream: &str, set: &str) -> Option<String> {
+fn refusal(answer: &Answer, upstream: &str, set: &str) -> Option<String> {
     let of = &answer.as_ref().ok()?.1["upstreams"][upstream];
     (of["annotation"] == *set).then(|| of["refused"].as_str().map(str::to_owned))?
 }

@@ -4,7 +4,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 
-use crate::control::config::Config;
+use crate::control::{api::SwapRequest, config::Config};
 
 pub mod check;
 pub mod demo;
@@ -115,19 +115,6 @@ impl Admin {
             format!("{}\nname the admin socket with --admin PATH, or mend the configuration", list.join("\n"))
         })
     }
-
-    /// The replicas that share an annotation for this upstream, unless one process is named.
-    fn fleet(&self, upstream: &str) -> Option<fleet::Fleet> {
-        let config = if self.admin.is_none() { self.load().ok()? } else { return None };
-        let kubernetes = config.settings.kubernetes.clone()?;
-        Some(fleet::Fleet {
-            self_service: kubernetes.self_service.clone()?,
-            active_from: config.upstreams.get(upstream)?.active_from.clone()?,
-            sets: config.upstreams.get(upstream)?.sets.iter().map(|set| set.name.to_string()).collect(),
-            ops_port: config.settings.listen.ops?.port(),
-            kubernetes,
-        })
-    }
 }
 
 fn duration(text: &str) -> Result<std::time::Duration, String> {
@@ -145,17 +132,8 @@ pub fn main() -> ExitCode {
         Command::Reload(admin) => order::run(admin.socket(), order::Order::Reload),
         Command::Swap { upstream, set, wait, timeout, dry_run, force, admin } => {
             let timeout_seconds = timeout.as_secs_f64();
-            let order = crate::control::api::SwapRequest { upstream, set, wait, timeout_seconds, dry_run, force };
-            match admin.fleet(&order.upstream) {
-                Some(fleet) if !fleet.sets.contains(&order.set) => fail(&format!(
-                    "there is no set {} of upstream {}; there is {}",
-                    order.set,
-                    order.upstream,
-                    fleet.sets.join(", ")
-                )),
-                Some(fleet) => fleet::run(&fleet, &order),
-                None => order::run(admin.socket(), order::Order::Swap(order)),
-            }
+            let order = SwapRequest { upstream, set, wait, timeout_seconds, dry_run, force };
+            swap(&admin, order)
         }
         Command::Status { json, admin } => order::run(admin.socket(), order::Order::Status { json }),
         Command::Endpoint { action, upstream, address, admin } => {
@@ -165,6 +143,27 @@ pub fn main() -> ExitCode {
         Command::Drain(admin) => order::run(admin.socket(), order::Order::Drain),
         Command::Demo(options) => demo::run(&options),
     }
+}
+
+/// One process where its socket is named, else all replicas where the configuration says that they share an annotation.
+fn swap(admin: &Admin, order: SwapRequest) -> ExitCode {
+    if let Some(socket) = &admin.admin {
+        return order::run(Ok(socket.clone()), order::Order::Swap(order));
+    }
+    let config = match admin.load() {
+        Ok(config) => config,
+        Err(reason) => return fail(&reason),
+    };
+    match fleet::Fleet::of(&config, &order.upstream) {
+        Some(fleet) => fleet::run(&fleet, &order),
+        None => order::run(Ok(config.settings.listen.admin.clone()), order::Order::Swap(order)),
+    }
+}
+
+/// On a runtime of this thread.
+fn block_on<T>(work: impl Future<Output = Result<T, String>>) -> Result<T, String> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build_local(Default::default());
+    runtime.map_err(|error| error.to_string())?.block_on(work)
 }
 
 fn fail(reason: &str) -> ExitCode {

@@ -27,14 +27,7 @@ pub fn run(socket: Result<PathBuf, String>, order: Order) -> ExitCode {
         Ok(socket) => socket,
         Err(reason) => return fail(&reason),
     };
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build_local(Default::default()) {
-        Ok(runtime) => runtime,
-        Err(error) => return fail(&error.to_string()),
-    };
-    match runtime.block_on(give(socket, order)) {
-        Ok(code) => code,
-        Err(error) => fail(&error.to_string()),
-    }
+    super::block_on(async { give(socket, order).await.map_err(|error| error.to_string()) }).unwrap_or_else(|reason| fail(&reason))
 }
 
 async fn give(socket: PathBuf, order: Order) -> io::Result<ExitCode> {

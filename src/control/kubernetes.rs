@@ -55,6 +55,13 @@ pub struct Known {
     pub service: Option<Annotations>,
 }
 
+impl Known {
+    /// The slices, once they have been listed.
+    pub fn listed(&self) -> Option<impl Iterator<Item = &EndpointSlice>> {
+        Some(self.slices.as_deref()?.iter().map(|slice| &**slice))
+    }
+}
+
 /// What a Service says; one that is not there says nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Annotations {
@@ -104,8 +111,8 @@ impl Contact {
 }
 
 impl Contacts {
-    fn change<T>(&self, service: &str, asked: Asked, change: impl FnOnce(&mut Contact) -> T) -> T {
-        change(self.0.lock().unwrap_or_else(PoisonError::into_inner).entry((service.to_owned(), asked)).or_default())
+    fn change(&self, service: &str, asked: Asked, change: impl FnOnce(&mut Contact)) {
+        change(self.0.lock().unwrap_or_else(PoisonError::into_inner).entry((service.to_owned(), asked)).or_default());
     }
 
     fn look<T>(&self, service: &str, asked: Asked, look: impl FnOnce(&Contact) -> Option<T>) -> Option<T> {

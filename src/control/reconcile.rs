@@ -125,9 +125,8 @@ pub struct Reconciler {
     since_written: u32,
     /// Upstreams whose annotated set is not usable at the start, while it is not known what the peers serve.
     waits_for_peers: Vec<Arc<str>>,
-    /// What is not as the configuration has it in the cluster, as it was said last; and what is not answered.
+    /// What is not as the configuration has it in the cluster, as it was said last.
     odd: BTreeSet<String>,
-    unanswered: Vec<String>,
     /// Why the annotation of an upstream is not followed, as it was said last.
     refused: BTreeMap<Arc<str>, String>,
     peers: Peers,
@@ -189,7 +188,6 @@ impl Reconciler {
             since_written: 0,
             waits_for_peers: Vec::new(),
             odd: BTreeSet::new(),
-            unanswered: Vec::new(),
             peers: Peers::default(),
             refused: BTreeMap::new(),
             dropped: Vec::new(),
@@ -198,7 +196,7 @@ impl Reconciler {
 
     pub async fn run(mut self, mut changes: mpsc::Receiver<Change>) {
         if !self.remembered.is_empty() {
-            self.discovered(AllKnown::default());
+            self.put_found_in_force();
         }
         self.settled();
         while let Some(change) = changes.recv().await {
@@ -215,10 +213,7 @@ impl Reconciler {
                 Change::Endpoint { upstream, address, disabled, answer } => {
                     let _ = answer.send(self.endpoint(&upstream, &address, disabled));
                 }
-                Change::Discovered(known) => {
-                    self.discovered(known);
-                    self.unwritten = true;
-                }
+                Change::Discovered(known) => self.discovered(known),
                 Change::Peers(served) => self.peers = Peers::Told(served),
                 Change::Remember => self.remember(),
                 Change::Probed => self.probed.set(false),
@@ -253,7 +248,7 @@ impl Reconciler {
             // Pods that are not warm are better than none: their preflight is no reason to stay out of the load balancer.
             .filter(|u| !u.retired && u.active.usable(now) == 0 && !u.active.gave_up())
             .map(|u| {
-                let why = self.why_empty(&u.active).map_or_else(String::new, |why| format!(": {why}"));
+                let why = self.why_empty(&u.active).map_or_else(String::new, |empty| format!(": {}", empty.why));
                 format!("upstream {} has no usable endpoint in set {}{why}", u.name, u.active.name())
             })
             .collect();
@@ -440,7 +435,7 @@ pub fn vote(snapshot: &Snapshot, upstream: &str, set: &str, force: bool) -> Resu
     Ok(())
 }
 
-fn no_such<'a>(what: &str, name: &str, known: impl Iterator<Item = &'a Arc<str>>) -> String {
+pub fn no_such<'a>(what: &str, name: &str, known: impl Iterator<Item = &'a Arc<str>>) -> String {
     format!("there is no {what} {name}; there is {}", known.map(|k| &**k).collect::<Vec<_>>().join(", "))
 }
 

@@ -3,15 +3,14 @@
 
 use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
-use http::{Method, Request, header};
-use http_body_util::{BodyExt, Full, Limited};
-use hyper_util::rt::TokioIo;
+use http::{Method, Request};
+use http_body_util::{BodyExt, Limited};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::Client;
 use serde_json::Value;
 use tokio::{net::TcpStream, task::JoinSet};
 
-use super::slices;
+use super::{client, slices};
 use crate::model::{Address, upstream::Port};
 
 /// Of one question to one replica, connecting included.
@@ -67,6 +66,11 @@ fn is_pod_name(name: &str) -> bool {
     name.len() <= 253 && name.bytes().all(fine) && !name.starts_with(['-', '.']) && !name.contains("..")
 }
 
+/// Status code and JSON, or in words why there are none.
+pub type Answer = Result<(u16, Value), String>;
+
+pub type Answers = BTreeMap<Replica, Answer>;
+
 /// How they are reached.
 #[derive(Clone)]
 pub enum Way {
@@ -81,7 +85,7 @@ impl Way {
     ///
     /// # Errors
     /// In words, without the replica's name.
-    pub async fn get(&self, replica: &Replica, path: &str) -> Result<(u16, Value), String> {
+    pub async fn get(&self, replica: &Replica, path: &str) -> Answer {
         let asked = async {
             match self {
                 Way::Direct => direct(replica.ops, path).await,
@@ -99,7 +103,7 @@ impl Way {
     }
 
     /// All at once.
-    pub async fn get_all(&self, replicas: &[Replica], path: &str) -> BTreeMap<Replica, Result<(u16, Value), String>> {
+    pub async fn get_all(&self, replicas: &[Replica], path: &str) -> Answers {
         let mut asking = JoinSet::new();
         for replica in replicas.iter().cloned() {
             let (way, path) = (self.clone(), path.to_owned());
@@ -113,21 +117,11 @@ impl Way {
 }
 
 async fn direct(address: SocketAddr, path: &str) -> Result<(u16, bytes::Bytes), String> {
-    let stream = TcpStream::connect(address).await.map_err(|e| format!("{address}: {e}"))?;
-    let broken = |e: hyper::Error| format!("{address}: {e}");
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
-    let driver = tokio::task::spawn_local(connection);
-    let request = Request::builder()
-        .method(Method::GET)
-        .uri(path)
-        .header(header::HOST, address.to_string())
-        .body(Full::<bytes::Bytes>::default())
-        .map_err(|e| e.to_string())?;
-    let response = sender.send_request(request).await.map_err(broken)?;
-    let code = response.status().as_u16();
-    let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await.map_err(|e| format!("{address}: {e}"))?;
-    driver.abort();
-    Ok((code, body.to_bytes()))
+    let asked = async {
+        let stream = TcpStream::connect(address).await?;
+        client::exchange(stream, &address.to_string(), Method::GET, path, Vec::new(), MAX_ANSWER).await
+    };
+    asked.await.map_err(|e| format!("{address}: {e}"))
 }
 
 async fn proxied(client: &Client, namespace: &str, replica: &Replica, path: &str) -> Result<(u16, bytes::Bytes), String> {
@@ -151,7 +145,7 @@ async fn proxied(client: &Client, namespace: &str, replica: &Replica, path: &str
 }
 
 /// The set that most of them serve, by upstream.
-pub fn served(answers: &BTreeMap<Replica, Result<(u16, Value), String>>) -> BTreeMap<String, String> {
+pub fn served(answers: &Answers) -> BTreeMap<String, String> {
     let mut votes: BTreeMap<&str, BTreeMap<&str, usize>> = BTreeMap::new();
     for status in answers.values().filter_map(|answer| answer.as_ref().ok().map(|(_, status)| status)) {
         for (name, upstream) in status["upstreams"].as_object().into_iter().flatten() {

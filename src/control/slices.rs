@@ -56,13 +56,13 @@ fn merge_by<'a>(slices: impl IntoIterator<Item = &'a EndpointSlice>, port: impl 
             let Some(ready) = condition(endpoint) else { continue };
             let Some(ip) = endpoint.addresses.first().and_then(|a| a.parse::<IpAddr>().ok()) else { continue };
             let other = if slice.address_type == "IPv4" { "IPv6" } else { "IPv4" };
-            if let Some(uid) = endpoint.target_ref.as_ref().and_then(|target| target.uid.as_deref()) {
+            let uid = endpoint.target_ref.as_ref().and_then(|target| target.uid.as_deref());
+            if let Some(uid) = uid {
                 if pods.contains(&(uid, other)) {
                     continue;
                 }
                 pods.insert((uid, &slice.address_type));
             }
-            let uid = endpoint.target_ref.as_ref().and_then(|target| target.uid.as_deref());
             let address = Address::Tcp(SocketAddr::new(ip, port));
             if found.len() >= MOST && !found.contains_key(&address) {
                 continue;

@@ -69,23 +69,7 @@ where
     let asked = requested.borrow().times;
     let (started, draining) = (SystemTime::now(), Instant::now());
     enter(&control, Phase::Draining).await;
-    let mut receipt = Receipt {
-        kind: "drain",
-        upstream: None,
-        from: None,
-        to: None,
-        started: rfc3339(started),
-        seconds: 0.0,
-        budget_seconds: deadline.saturating_duration_since(draining).as_secs_f64(),
-        in_flight: 0,
-        completed: 0,
-        retried: 0,
-        client_left: 0,
-        failed: 0,
-        cut: Vec::new(),
-        by: first.by,
-        finished: false,
-    };
+    let mut receipt = Receipt::begun("drain", first.by, rfc3339(started), deadline.saturating_duration_since(draining));
     if let Some(closed) = close_listeners().await {
         let _ = closed.await;
     }

@@ -1,6 +1,6 @@
 //! A request for PHP: its body is read whole, it is dispatched, perhaps tried once more, and held on to until FPM has finished.
 
-use std::{rc::Rc, time::Duration};
+use std::{path::Path, rc::Rc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use http::{Method, Response, StatusCode, header, request::Parts};
@@ -153,13 +153,20 @@ fn cookie<'a>(parts: &'a Parts, name: &str) -> Option<&'a str> {
     })
 }
 
-/// The site's public folder as FPM sees it.
 async fn site_root(worker: &Worker, site: &Site) -> String {
+    match php_root(site) {
+        Ok(root) => root,
+        Err(root) => worker.real_path(root).await,
+    }
+}
+
+/// The site's public folder as FPM sees it; `Err`: this one with its links resolved.
+pub(super) fn php_root(site: &Site) -> Result<String, &Path> {
     match (&site.php_root, &site.root) {
-        (PhpRoot::Path(path), _) => path.clone(),
-        (PhpRoot::SameAsRoot, Some(root)) => root.to_string_lossy().into_owned(),
-        (PhpRoot::RealPath, Some(root)) => worker.real_path(root).await,
-        (_, None) => String::new(),
+        (PhpRoot::Path(path), _) => Ok(path.clone()),
+        (PhpRoot::SameAsRoot, Some(root)) => Ok(root.to_string_lossy().into_owned()),
+        (PhpRoot::RealPath, Some(root)) => Err(root),
+        (_, None) => Ok(String::new()),
     }
 }
 

@@ -10,7 +10,6 @@ use super::{
 use crate::{
     model::{
         SiteTable,
-        site::{PhpRoot, Site},
         upstream::{Preflight, SetConfig},
     },
     upstream::probe::Question,
@@ -35,7 +34,8 @@ pub fn question(sites: &SiteTable, upstream: &str, set: &SetConfig, preflight: &
     }
     let script = script(route::target(site, route, &normal, Some(query), site.root.is_some()))
         .ok_or_else(|| format!("{path} on site {} is not answered by PHP", site.name))?;
-    let site_root = real_root(site);
+    let site_root = forward::php_root(site)
+        .unwrap_or_else(|root| std::fs::canonicalize(root).as_deref().unwrap_or(root).to_string_lossy().into_owned());
     let document_root = forward::document_root(set, &site_root).to_owned();
     Ok(Question {
         uri: preflight.path.clone(),
@@ -48,15 +48,6 @@ pub fn question(sites: &SiteTable, upstream: &str, set: &SetConfig, preflight: &
         path_info: String::from_utf8_lossy(script.path_info).into_owned(),
         document_root,
     })
-}
-
-fn real_root(site: &Site) -> String {
-    match (&site.php_root, &site.root) {
-        (PhpRoot::Path(path), _) => path.clone(),
-        (PhpRoot::SameAsRoot, Some(root)) => root.to_string_lossy().into_owned(),
-        (PhpRoot::RealPath, Some(root)) => std::fs::canonicalize(root).as_deref().unwrap_or(root).to_string_lossy().into_owned(),
-        (_, None) => String::new(),
-    }
 }
 
 /// What PHP would run where no file of that name is there.

@@ -135,7 +135,8 @@ async fn answer(
     record.access_log.set(route.access_log);
 
     // The root of the request's set, where that has one of its own (DESIGN.md, section 5).
-    let root = set_root(worker, route.upstream.as_deref()).or_else(|| site.root.clone());
+    let (set_root, elsewhere) = roots(worker, route.upstream.as_deref());
+    let root = set_root.or_else(|| site.root.clone());
     let target = route::target(&site, &route, &path, parts.uri.query(), root.is_some());
     let script = match (target, &root) {
         (Target::Script(script), _) => script,
@@ -144,7 +145,6 @@ async fn answer(
         (Target::Lookup(_), None) => return Err(Error::new(Kind::NotFound, "no root".to_owned())),
         (Target::Lookup(lookup), Some(root)) => {
             let request = FileRequest { method: &parts.method, headers: &parts.headers, path: &path, query: parts.uri.query() };
-            let elsewhere = other_roots(worker, route.upstream.as_deref());
             let served = if elsewhere.is_empty() {
                 worker.files.serve(request, root, &site.symlinks, lookup).await?
             } else {
@@ -195,18 +195,13 @@ fn status(code: StatusCode, headers: &[(header::HeaderName, &'static str)]) -> R
     response
 }
 
-fn set_root(worker: &Worker, upstream: Option<&str>) -> Option<PathBuf> {
-    worker.dispatcher.store.load().upstreams.get(upstream?)?.active.config.root.clone()
-}
-
-/// `assets_fallback`: the roots of the sets that are not active.
-fn other_roots(worker: &Worker, upstream: Option<&str>) -> Vec<PathBuf> {
+/// The root of the active set, if it has one of its own; with `assets_fallback` also those of the others. One look: a swap in between could
+/// leave one out.
+fn roots(worker: &Worker, upstream: Option<&str>) -> (Option<PathBuf>, Vec<PathBuf>) {
     let snapshot = worker.dispatcher.store.load();
-    let Some(upstream) = upstream.and_then(|name| snapshot.upstreams.get(name)).filter(|u| u.policy.assets_fallback) else {
-        return Vec::new();
-    };
-    let others = upstream.sets.values().filter(|set| set.name() != upstream.active.name());
-    others.filter_map(|set| set.config.root.clone()).collect()
+    let Some(upstream) = upstream.and_then(|name| snapshot.upstreams.get(name)) else { return (None, Vec::new()) };
+    let others = upstream.sets.values().filter(|set| upstream.policy.assets_fallback && set.name() != upstream.active.name());
+    (upstream.active.config.root.clone(), others.filter_map(|set| set.config.root.clone()).collect())
 }
 
 /// The request's own root has the first word; files alone, not scripts and indices, are looked for in the others; then what answers where

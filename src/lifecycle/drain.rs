@@ -1,6 +1,9 @@
 //! Drop means done: a guard that is held by what must finish, a count of what is open, and the receipt that says what became of it.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::{
+    sync::atomic::{AtomicU64, AtomicUsize, Ordering},
+    time::Duration,
+};
 
 use serde::Serialize;
 use tokio::sync::{Notify, watch};
@@ -146,6 +149,29 @@ pub struct Receipt {
     pub by: String,
     /// False while it is still going on (in `/status`).
     pub finished: bool,
+}
+
+impl Receipt {
+    /// Nothing has been counted yet.
+    pub fn begun(kind: &'static str, by: String, started: String, budget: Duration) -> Self {
+        Receipt {
+            kind,
+            upstream: None,
+            from: None,
+            to: None,
+            started,
+            seconds: 0.0,
+            budget_seconds: budget.as_secs_f64(),
+            in_flight: 0,
+            completed: 0,
+            retried: 0,
+            client_left: 0,
+            failed: 0,
+            cut: Vec::new(),
+            by,
+            finished: false,
+        }
+    }
 }
 
 #[derive(Clone, Debug, Serialize, PartialEq)]

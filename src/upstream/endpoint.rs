@@ -199,10 +199,10 @@ impl Endpoint {
         self.cold.load(Ordering::Relaxed)
     }
 
-    /// How its preflight stands; true if it has become usable by that.
-    pub fn set_preflight(&self, now_ms: u64, preflight: Preflight, why: String) -> bool {
+    /// How its preflight stands.
+    pub fn set_preflight(&self, now_ms: u64, preflight: Preflight, why: String) {
         *self.preflight.lock().unwrap_or_else(PoisonError::into_inner) = why;
-        self.update_health(now_ms, |health| health.preflight = preflight)
+        self.update_health(now_ms, |health| health.preflight = preflight);
     }
 
     /// Why it is not usable; empty where nothing is to be said.

@@ -72,3 +72,20 @@ pub async fn wait_for<T>(watched: &watch::Sender<T>, what: &str, wanted: impl Fn
         Err(_) => panic!("waited {PATIENCE:?} in vain for {what}"),
     }
 }
+
+/// Asks again and again until it is as wanted: `Ok`. Panics after [`PATIENCE`] with the last `Err`, which says what it was instead. For what
+/// can only be asked, not watched.
+#[track_caller]
+pub fn eventually<T>(what: &str, ask: impl AsyncFn() -> Result<T, String>) -> impl Future<Output = T> {
+    let caller = std::panic::Location::caller();
+    async move {
+        let deadline = tokio::time::Instant::now() + PATIENCE;
+        loop {
+            match ask().await {
+                Ok(found) => return found,
+                Err(seen) => assert!(tokio::time::Instant::now() < deadline, "{caller}: not {what}: {seen}"),
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+}

@@ -69,7 +69,7 @@ fn chain(error: &dyn std::error::Error) -> String {
 }
 
 /// By the file that is named, else the pod's service account, else $KUBECONFIG.
-pub async fn config(settings: &Kubernetes) -> Result<(Config, Place), String> {
+async fn config(settings: &Kubernetes) -> Result<(Config, Place), String> {
     let options = KubeConfigOptions::default();
     // The kubelet sets it in every pod (Kubernetes, "Accessing the API from a Pod").
     let place = if std::env::var_os("KUBERNETES_SERVICE_HOST").is_some() { Place::Inside } else { Place::Outside };

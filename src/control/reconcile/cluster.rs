@@ -110,9 +110,9 @@ impl Reconciler {
         let names = waits.iter().map(|name| &**name).collect::<Vec<_>>().join(", ");
         if let (Peers::NotAsked, Some(kubernetes)) = (&self.peers, &self.config.settings.kubernetes)
             && let Some(service) = &kubernetes.self_service
-            && let Some(slices) = self.known.get(service).and_then(|known| known.slices.clone())
+            && let Some(slices) = self.known.get(service).and_then(|known| known.listed())
         {
-            let replicas = replicas::ready(slices.iter().map(|slice| &**slice), self.ops_port());
+            let replicas = replicas::ready(slices, self.ops_port());
             let (changes, own) = (self.control.changes.clone(), self.control.instance.clone());
             tokio::task::spawn_local(async move {
                 let mut answers = Way::Direct.get_all(&replicas, "/status").await;
@@ -154,16 +154,31 @@ impl Reconciler {
         self.config.settings.listen.ops.map_or(0, |ops| ops.port())
     }
 
-    /// Another snapshot where addresses have come or gone; what else a Service tells goes to the endpoints themselves.
+    /// What Kubernetes tells of all Services now; also sent where only the API server's failing is news.
     pub(super) fn discovered(&mut self, known: AllKnown) {
+        let mut is_news = false;
         // What was known of a Service before, be it from the state file, counts until it has told something else.
         for (name, told) in known {
             let before = self.known.entry(name).or_default();
-            before.slices = told.slices.or(before.slices.take());
-            before.service = told.service.or(before.service.take());
+            if let Some(slices) = told.slices.filter(|slices| before.slices.as_ref().is_none_or(|old| !Arc::ptr_eq(old, slices))) {
+                before.slices = Some(slices);
+                is_news = true;
+            }
+            if let Some(service) = told.service.filter(|service| before.service.as_ref() != Some(service)) {
+                before.service = Some(service);
+                is_news = true;
+            }
         }
-        let followed = self.services();
-        self.known.retain(|name, _| followed.contains(name));
+        if is_news {
+            let followed = self.services();
+            self.known.retain(|name, _| followed.contains(name));
+            self.unwritten = true;
+            self.put_found_in_force();
+        }
+    }
+
+    /// Another snapshot where addresses have come or gone; what else a Service tells goes to the endpoints themselves.
+    pub(super) fn put_found_in_force(&mut self) {
         self.found = self.find(&self.config);
         let next = match self.build(&self.config, &self.switch) {
             Ok(next) => next,
@@ -190,7 +205,7 @@ impl Reconciler {
                     tracing::error!(
                         upstream = &**name,
                         set = &**set_name,
-                        why = self.why_empty(set),
+                        why = self.why_empty(set).map(|empty| empty.why),
                         usable_elsewhere = usable.join(", "),
                         "the active set has lost its last endpoint; requests wait in the queue"
                     );
@@ -205,8 +220,8 @@ impl Reconciler {
     /// What the sets of `config` find in what is known.
     pub(super) fn find(&self, config: &Config) -> AllFound {
         let sources = config.upstreams.values().flat_map(|u| &u.sets).filter_map(|set| set.kubernetes.as_ref());
-        let found = |source: &ServicePort| match self.known.get(&source.service).and_then(|known| known.slices.as_deref()) {
-            Some(slices) => Some(slices::merge(slices.iter().map(|slice| &**slice), &source.port)),
+        let found = |source: &ServicePort| match self.known.get(&source.service).and_then(|known| known.listed()) {
+            Some(slices) => Some(slices::merge(slices, &source.port)),
             None => self.remembered.get(source).cloned(),
         };
         sources.filter_map(|source| Some((source.clone(), found(source)?))).collect()
@@ -219,9 +234,13 @@ impl Reconciler {
             self.config.upstreams.iter().filter_map(|(name, u)| Some((name.clone(), u.active_from.clone()?))).collect();
         self.refused.retain(|name, _| names.iter().any(|(n, _)| n == name));
         self.waits_for_peers.clear();
+        let mut annotated = BTreeMap::new();
         for (name, service) in names {
             let wanted = self.annotated(&service);
-            match self.follow_annotation(&name, wanted) {
+            if let Some(wanted) = &wanted {
+                annotated.insert(name.clone(), wanted.clone());
+            }
+            match self.follow_annotation(&name, &service, wanted) {
                 Ok(()) => drop(self.refused.remove(&name)),
                 // Behind the parenthesis stands how a pod is doing just now, which changes all the time.
                 Err(reason) if self.refused.get(&name).is_some_and(|before| kind(before) == kind(&reason)) => {
@@ -236,8 +255,6 @@ impl Reconciler {
                 }
             }
         }
-        let annotated = self.config.upstreams.iter().filter_map(|(name, u)| Some((name.clone(), u.active_from.clone()?)));
-        let annotated = annotated.filter_map(|(name, service)| Some((name, self.annotated(&service)?))).collect();
         let mut told = self.control.told();
         told.refused.clone_from(&self.refused);
         told.annotated = annotated;
@@ -253,7 +270,7 @@ impl Reconciler {
         self.known.get(service)?.service.as_ref()?.active.clone()
     }
 
-    fn follow_annotation(&mut self, name: &Arc<str>, wanted: Option<Arc<str>>) -> Result<(), String> {
+    fn follow_annotation(&mut self, name: &Arc<str>, service: &Arc<str>, wanted: Option<Arc<str>>) -> Result<(), String> {
         let snapshot = self.control.store.load_full();
         let Some(upstream) = snapshot.upstreams.get(name) else { return Ok(()) };
         if self.switch.annotated.get(name) == wanted.as_ref() && wanted.is_some() {
@@ -261,22 +278,12 @@ impl Reconciler {
         }
         let Some(wanted) = wanted else {
             // A Service that is deleted by mistake must not turn traffic.
-            return match self.switch.annotated.get(name) {
-                Some(set) => {
-                    let told = self.config.upstreams.get(name).and_then(|u| u.active_from.clone());
-                    let service = told.clone().unwrap_or_default();
-                    let missing = told.and_then(|service| self.known.get(&service)?.service.as_ref().map(|told| told.missing));
-                    let what = if missing == Some(true) {
-                        format!("service {service} is gone")
-                    } else {
-                        format!("service {service} has no annotation {ACTIVE} any more")
-                    };
-                    Err(format!(
-                        "{what}; set {set} stays active; to say so: kubectl annotate --overwrite service {service} {ACTIVE}={set}"
-                    ))
-                }
-                None => Ok(()),
-            };
+            let Some(set) = self.switch.annotated.get(name) else { return Ok(()) };
+            let is_gone = self.known.get(service).and_then(|known| known.service.as_ref()).is_some_and(|told| told.missing);
+            let what = if is_gone { "is gone".to_owned() } else { format!("has no annotation {ACTIVE} any more") };
+            return Err(format!(
+                "service {service} {what}; set {set} stays active; to say so: kubectl annotate --overwrite service {service} {ACTIVE}={set}"
+            ));
         };
         let undrained = self.control.told().turning.values().filter(|turn| turn.upstream == *name).count();
         if undrained >= UNDRAINED && *upstream.active.name() != wanted {
@@ -323,10 +330,8 @@ impl Reconciler {
         if let (false, Some(set)) = (turns.is_empty(), active) {
             self.control.metrics.swap("applied");
             tracing::info!(upstream = &**name, set = &*set, by = ANNOTATION, "swap");
-            if let Some(service) = self.config.upstreams.get(name).and_then(|u| u.active_from.clone()) {
-                let message = format!("upstream {name} has turned to set {set}");
-                self.say(Said { service, warning: false, reason: "ActiveSetTurned", message });
-            }
+            let message = format!("upstream {name} has turned to set {set}");
+            self.say(Said { service: service.clone(), warning: false, reason: "ActiveSetTurned", message });
         }
         if self.switch.annotated.contains_key(name) { Ok(()) } else { usable }
     }

@@ -12,33 +12,41 @@ use crate::{
     upstream::{Set, Snapshot},
 };
 
+/// Why a set of Kubernetes has no endpoints.
+pub(super) struct Empty {
+    pub why: String,
+    /// The cluster has no such name: pods that come will not change it.
+    pub is_name: bool,
+}
+
 impl Reconciler {
     /// Why a set of Kubernetes has no endpoints, as far as that is known.
-    pub(super) fn why_empty(&self, set: &Set) -> Option<String> {
+    pub(super) fn why_empty(&self, set: &Set) -> Option<Empty> {
         let source = set.config.kubernetes.as_ref().filter(|_| set.endpoints.is_empty())?;
         let ServicePort { service, port } = source;
         let known = self.known.get(service);
-        let failing = self.control.contacts.reason(service, Asked::Slices);
-        let Some(slices) = known.and_then(|known| known.slices.as_deref()) else {
-            let why =
-                failing.map_or_else(|| "not listed yet".to_owned(), |why| format!("the Kubernetes API cannot be asked: {why}"));
-            return Some(format!("nothing is known of service {service}: {why}"));
+        let Some(slices) = known.and_then(|known| known.listed()) else {
+            let why = match self.control.contacts.reason(service, Asked::Slices) {
+                None => "not listed yet".to_owned(),
+                Some(why) => format!("the Kubernetes API cannot be asked: {why}"),
+            };
+            return Some(Empty { why: format!("nothing is known of service {service}: {why}"), is_name: false });
         };
-        let (ready, ports) = slices::ports(slices.iter().map(|slice| &**slice));
+        let is_missing = known.and_then(|known| known.service.as_ref()).is_some_and(|told| told.missing);
+        let (ready, ports) = slices::ports(slices);
         let port = match port {
             Port::Name(name) => format!("named \"{name}\""),
             Port::Number(number) => number.to_string(),
         };
-        Some(match (known.and_then(|known| known.service.as_ref()), ready) {
-            (Some(told), 0) if told.missing => {
-                format!("there is no service {service} in namespace {}", self.namespace())
-            }
-            (_, 0) => format!("service {service} has no ready pods"),
-            (_, ready) => format!(
+        let why = match ready {
+            0 if is_missing => format!("there is no service {service} in namespace {}", self.namespace()),
+            0 => format!("service {service} has no ready pods"),
+            ready => format!(
                 "service {service} has {ready} ready pods, but no slice has a TCP port {port}; there is {}",
                 ports.into_iter().collect::<Vec<_>>().join(", ")
             ),
-        })
+        };
+        Some(Empty { why, is_name: is_missing || ready > 0 })
     }
 
     fn namespace(&self) -> &str {
@@ -48,7 +56,7 @@ impl Reconciler {
     /// What is not as the configuration has it in the cluster: names that nobody has, questions that are not answered. Each is logged when it
     /// comes up; for as long as it lasts it stands in `/status`.
     pub(super) fn tell_of_cluster(&mut self, snapshot: &Snapshot) {
-        let mut told = BTreeSet::new();
+        let (mut told, mut unanswered) = (BTreeSet::new(), Vec::new());
         for service in self.services() {
             for asked in [Asked::Slices, Asked::Annotations] {
                 // The watch has logged that.
@@ -57,14 +65,13 @@ impl Reconciler {
                         || "nothing is known".to_owned(),
                         |age| format!("what is known is {} s old and stays in force", age.as_secs()),
                     );
-                    self.unanswered.push(format!("service {service}: the Kubernetes API cannot be asked: {why}; {age}"));
+                    unanswered.push(format!("service {service}: the Kubernetes API cannot be asked: {why}; {age}"));
                 }
             }
         }
         for upstream in snapshot.upstreams.values().filter(|u| !u.retired) {
             for set in upstream.sets.values() {
-                let names = |why: &String| why.starts_with("there is no service") || why.contains("no slice has a TCP port");
-                if let Some(why) = self.why_empty(set).filter(names) {
+                if let Some(Empty { why, is_name: true }) = self.why_empty(set) {
                     told.insert(format!("set {} of upstream {}: {why}", set.name(), upstream.name));
                 }
             }
@@ -97,6 +104,6 @@ impl Reconciler {
             tracing::warn!(what = new, "not as the configuration has it");
         }
         self.odd = told;
-        self.control.told().cluster = std::mem::take(&mut self.unanswered).into_iter().chain(self.odd.iter().cloned()).collect();
+        self.control.told().cluster = unanswered.into_iter().chain(self.odd.iter().cloned()).collect();
     }
 }

@@ -75,21 +75,12 @@ impl Reconciler {
             let _ = barrier_sender.send(passed);
             drained.wait().await;
             let mut receipt = Receipt {
-                kind: "swap",
                 upstream: Some(upstream.to_string()),
                 from: Some(from.to_string()),
                 to: Some(to.to_string()),
-                started: rfc3339(started),
                 seconds: clock.elapsed().as_secs_f64(),
-                budget_seconds: budget.as_secs_f64(),
-                in_flight: 0,
-                completed: 0,
-                retried: 0,
-                client_left: 0,
-                failed: 0,
-                cut: Vec::new(),
-                by,
                 finished: true,
+                ..Receipt::begun("swap", by, rfc3339(started), budget)
             };
             tally.add_to(&mut receipt);
             tracing::info!(receipt = %serde_json::to_string(&receipt).unwrap_or_default(), "the old set has drained");
