@@ -1,7 +1,7 @@
 //! What can go wrong with a request: whose fault it was, whether it may be tried again, and the one match that
 //! turns it into an HTTP answer.
 
-use std::fmt;
+use std::{fmt, time::Duration};
 
 use http::{HeaderValue, StatusCode, header::RETRY_AFTER};
 
@@ -36,6 +36,10 @@ pub enum Kind {
     NoEndpoint,
     QueueFull,
     QueueTimeout,
+    /// Its turn would come after its deadline: told at once.
+    QueueTooLong,
+    /// That of a trusted X-Request-Timeout.
+    DeadlinePassed,
     BufferFull,
     DiskFull,
     ConnectFailed,
@@ -52,7 +56,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    pub const ALL: [Kind; 31] = [
+    pub const ALL: [Kind; 33] = [
         Kind::BadRequest,
         Kind::BadPath,
         Kind::UriTooLong,
@@ -73,6 +77,8 @@ impl Kind {
         Kind::NoEndpoint,
         Kind::QueueFull,
         Kind::QueueTimeout,
+        Kind::QueueTooLong,
+        Kind::DeadlinePassed,
         Kind::BufferFull,
         Kind::DiskFull,
         Kind::ConnectFailed,
@@ -110,6 +116,8 @@ impl Kind {
             Kind::NoEndpoint => (503, "no_endpoint", Upstream),
             Kind::QueueFull => (503, "queue_full", Upstream),
             Kind::QueueTimeout => (503, "queue_timeout", Upstream),
+            Kind::QueueTooLong => (503, "queue_too_long", Upstream),
+            Kind::DeadlinePassed => (503, "deadline_passed", Upstream),
             Kind::BufferFull => (503, "buffer_full", Us),
             Kind::DiskFull => (503, "disk_full", Us),
             Kind::ConnectFailed => (502, "connect_failed", Upstream),
@@ -129,6 +137,11 @@ impl Kind {
         self.answer().1
     }
 
+    /// Refused to protect the rest, before anything was spent on it: the `reason` of `slackwater_shed_total` is the cause.
+    pub fn is_shed(self) -> bool {
+        matches!(self, Kind::QueueFull | Kind::QueueTooLong | Kind::BufferFull | Kind::DiskFull)
+    }
+
     pub fn fault(self) -> Fault {
         self.answer().2
     }
@@ -136,11 +149,6 @@ impl Kind {
     /// 499 stands for a client that has left, as in Nginx's logs; it is never sent.
     pub fn status(self) -> StatusCode {
         StatusCode::from_u16(self.answer().0).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
-    }
-
-    /// Seconds for Retry-After, on every 503.
-    pub fn retry_after(self) -> Option<u32> {
-        (self.status() == StatusCode::SERVICE_UNAVAILABLE).then_some(1)
     }
 }
 
@@ -161,15 +169,26 @@ pub struct Error {
     pub retry: Retry,
     /// For the log; never sent to a client.
     pub detail: String,
+    /// On a 503: seconds after which it may be worth while to come again.
+    retry_after: u64,
 }
+
+/// A client that was told to stay away for longer would not come back for a spike that is long over.
+const RETRY_AFTER_AT_MOST: u64 = 30;
 
 impl Error {
     pub fn new(kind: Kind, detail: impl Into<String>) -> Self {
-        Error { kind, retry: Retry::Never, detail: detail.into() }
+        Error { kind, retry: Retry::Never, detail: detail.into(), retry_after: 1 }
     }
 
     pub fn retry(mut self, retry: Retry) -> Self {
         self.retry = retry;
+        self
+    }
+
+    /// It is known when there is room again: whole seconds, from 1 to 30.
+    pub fn retry_after(mut self, wait: Duration) -> Self {
+        self.retry_after = (wait.as_secs() + 1).min(RETRY_AFTER_AT_MOST);
         self
     }
 
@@ -181,8 +200,8 @@ impl Error {
         *response.status_mut() = status;
         let headers = response.headers_mut();
         headers.insert(http::header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
-        if let Some(seconds) = self.kind.retry_after() {
-            headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
+        if status == StatusCode::SERVICE_UNAVAILABLE {
+            headers.insert(RETRY_AFTER, HeaderValue::from(self.retry_after));
         }
         response
     }

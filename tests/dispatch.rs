@@ -1,45 +1,27 @@
 //! Which endpoint a request gets, who waits, and who is woken: the dispatcher on a snapshot built from a file, with no I/O.
 
-use std::{pin::Pin, rc::Rc, sync::Arc};
+mod support;
+
+use std::{pin::Pin, rc::Rc, sync::Arc, time::Duration};
 
 use slackwater::{
-    control::{
-        build::{self, Before},
-        config,
-        switch::Switch,
-    },
     error::Kind,
-    upstream::{Dispatcher, Store, Want, store::Workers},
+    upstream::{Dispatcher, Store, Want, dispatch::now_ms, store::Workers},
 };
+use support::snapshot;
 use tokio::time::Instant;
 
 /// A dispatcher before one upstream whose endpoints, numbered from 1, have one worker each.
 fn dispatcher(endpoints: u16) -> Rc<Dispatcher> {
     let addresses: Vec<String> = (0..endpoints).map(|n| format!("127.0.0.1:{}", 9000 + n)).collect();
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("slackwater.toml");
     let toml = format!(
         "[upstream.php]\nworkers_per_endpoint = 1\n[upstream.php.set.blue]\nendpoints = {addresses:?}\n[[site]]\nphp_root = \"/app\"\nupstream = \"php\"\n"
     );
-    std::fs::write(&path, toml).unwrap();
-    let config = config::load(&path, &|_| None).unwrap();
-    let before = Before {
-        snapshot: None,
-        switch: &Switch::default(),
-        workers: 1,
-        retired: &Default::default(),
-        found: &Default::default(),
-        alive: &[],
-    };
-    let snapshot = build::build(&config, &before).unwrap();
-    for endpoint in &snapshot.upstreams["php"].active.endpoints {
-        endpoint.set_capacity(Some(1));
-    }
-    Rc::new(Dispatcher::new(0, Arc::new(Store::new(snapshot)), Workers::new(Vec::new())))
+    Rc::new(Dispatcher::new(0, Arc::new(Store::new(snapshot::of(&toml, 1))), Workers::new(Vec::new())))
 }
 
 fn want<'a>(tried: &'a [u64], refused: &'a [u64]) -> Want<'a> {
-    Want { upstream: "php", once: true, key: b"", tried, refused, since: Instant::now() }
+    Want { upstream: "php", once: true, key: b"", tried, refused, since: Instant::now(), deadline: None, lane: None }
 }
 
 async fn poll_once<T>(future: &mut Pin<Box<impl Future<Output = T>>>) -> Option<T> {
@@ -93,4 +75,28 @@ async fn one_that_everybody_has_refused_does_not_join_a_queue() {
     assert_eq!(poll_once(&mut refused).await.expect("an answer at once").unwrap_err().kind, Kind::NoEndpoint);
     drop(busy);
     assert!(waiting.await.is_ok());
+}
+
+/// A pod that has just come is not given its full part at once; with `slow_start = "off"` it is.
+#[tokio::test(start_paused = true)]
+async fn an_endpoint_that_has_just_come_gets_less_at_first() {
+    for (slow_start, expected) in [("10s", [[5, 1], [4, 2], [3, 3]]), ("off", [[3, 3], [3, 3], [3, 3]])] {
+        let toml = format!(
+            "[upstream.php]\nworkers_per_endpoint = 8\nslow_start = \"{slow_start}\"\n[upstream.php.set.blue]\nendpoints = [\"127.0.0.1:9000\", \"127.0.0.1:9001\"]\n[[site]]\nphp_root = \"/app\"\nupstream = \"php\"\n"
+        );
+        let store = Arc::new(Store::new(snapshot::of(&toml, 1)));
+        let pods = store.load().upstreams["php"].active.endpoints.clone();
+        let dispatcher = Dispatcher::new(0, store, Workers::new(Vec::new()));
+        tokio::time::advance(Duration::from_secs(60)).await;
+        pods[1].came(now_ms());
+        // At once, after half of its time, after all of it.
+        for (seconds, expected) in [0, 5, 5].into_iter().zip(expected) {
+            tokio::time::advance(Duration::from_secs(seconds)).await;
+            let mut tickets = Vec::new();
+            for _ in 0..6 {
+                tickets.push(dispatcher.acquire(&want(&[], &[])).await.unwrap());
+            }
+            assert_eq!([pods[0].used(), pods[1].used()], expected, "{slow_start}, {seconds} s later");
+        }
+    }
 }

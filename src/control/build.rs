@@ -13,7 +13,9 @@ use crate::{
     },
     upstream::{
         Activation, Endpoint, Set, Snapshot, Upstream,
+        admission::Queue,
         health::{Health, Preflight, Probe},
+        lanes::Lanes,
         snapshot::ActiveBy,
     },
 };
@@ -59,7 +61,11 @@ pub fn build(config: &Config, before: &Before<'_>) -> Result<Snapshot, String> {
             Some(old) if *old.policy == from_file.policy => old.policy.clone(),
             _ => Arc::new(from_file.policy.clone()),
         };
-        let queue = old.map_or_else(Arc::default, |o| o.queue.clone());
+        let queue: Arc<Queue> = old.map_or_else(Arc::default, |o| o.queue.clone());
+        let lanes = match old.filter(|old| Arc::ptr_eq(&old.activation, &activation)) {
+            Some(old) if Arc::ptr_eq(&old.policy, &policy) => old.lanes.clone(),
+            same => Lanes::new(&policy.lanes, &queue, same.map(|old| &*old.lanes)),
+        };
         upstreams.insert(
             name.clone(),
             Arc::new(Upstream {
@@ -70,6 +76,7 @@ pub fn build(config: &Config, before: &Before<'_>) -> Result<Snapshot, String> {
                 active_by,
                 activation,
                 queue,
+                lanes,
                 retired: false,
             }),
         );
@@ -99,6 +106,7 @@ fn retire(old: &Upstream) -> Upstream {
         active_by: ActiveBy::clone(&old.active_by),
         activation: old.activation.clone(),
         queue: old.queue.clone(),
+        lanes: old.lanes.clone(),
         retired: true,
     }
 }

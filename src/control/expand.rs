@@ -171,7 +171,14 @@ fn upstream(out: &mut Out, name: &str, upstream: &UpstreamConfig) {
     );
     let (max, timeout) = (or_word(policy.queue.max, "off"), duration(policy.queue.timeout));
     out.key("queue", format_args!("{{ max = {max}, timeout = {timeout} }}"));
+    out.key("slow_start", if policy.slow_start.is_zero() { quote("off") } else { duration(policy.slow_start) });
     out.key("assets_fallback", policy.assets_fallback);
+    for lane in &policy.lanes {
+        out.table(format_args!("[upstream.{name}.lane.{}]", lane.name));
+        out.key("reserve", quote(format_args!("{}%", lane.reserve)));
+        out.key("priority", lane.priority);
+        out.key("limit", quote(format_args!("{}%", lane.limit)));
+    }
     for each in &upstream.sets {
         set(out, name, each);
     }
@@ -315,6 +322,7 @@ fn route_keys(out: &mut Out, config: &Config, route: &Route) {
             false => format!("{{ {} }}", params.join(", ")),
         },
     );
+    out.key("lane", quote(route.lane.as_deref().unwrap_or_default()));
     out.key("access_log", quote(if route.access_log { "on" } else { "off" }));
 }
 

@@ -35,6 +35,7 @@ use crate::{
 
 mod cluster;
 mod mismatch;
+mod shares;
 mod turn;
 
 use cluster::{Peers, remember};
@@ -227,6 +228,7 @@ impl Reconciler {
         self.follow_annotations();
         let snapshot = self.control.store.load_full();
         self.tell_endpoints(&snapshot);
+        self.share_endpoints(&snapshot);
         self.tell_of_cluster(&snapshot);
         let services = self.services();
         if let Some(discovery) = &mut self.discovery {

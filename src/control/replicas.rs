@@ -1,7 +1,11 @@
 //! The other replicas of this proxy, found through `kubernetes.self_service`, and how they are asked: on their ops ports, or through the API
 //! server's pod proxy from outside the cluster.
 
-use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 use http::{Method, Request};
 use http_body_util::{BodyExt, Limited};
@@ -58,6 +62,19 @@ pub fn ready<'a>(slices: impl IntoIterator<Item = &'a EndpointSlice>, ops_port: 
         .collect();
     all.sort();
     all
+}
+
+/// The number of this replica among all that serve, those that are terminating included, and how many these are. One that does not stand in the slices yet
+/// counts itself as the last.
+pub fn place<'a>(slices: impl IntoIterator<Item = &'a EndpointSlice>, is_own: impl Fn(IpAddr) -> bool) -> (usize, usize) {
+    // Whatever its ports: a pod is one replica.
+    let found = slices::merge_any(slices, 1);
+    let mut ips: Vec<IpAddr> = found.keys().filter_map(|address| address.ip()).collect();
+    ips.sort_unstable();
+    match ips.iter().position(|ip| is_own(*ip)) {
+        Some(own) => (own, ips.len()),
+        None => (ips.len(), ips.len() + 1),
+    }
 }
 
 /// RFC 1123 subdomain, as the API server has it for pods.
@@ -189,6 +206,14 @@ mod tests {
             let seen: Vec<String> = found.iter().map(|r| format!("{} {}", r.name, r.ops)).collect();
             assert_eq!(seen, [format!("10.0.0.1 10.0.0.1:{port}"), format!("edge-b 10.0.0.2:{port}")]);
         }
+    }
+
+    /// Ready or terminating while it serves; one that is not ready serves nobody.
+    #[test]
+    fn each_replica_has_a_number_and_one_that_is_not_listed_is_the_last() {
+        let slices = [slice(serde_json::json!([{ "name": "http", "port": 8080 }]))];
+        let own = |n: u8| place(&slices, |ip| ip == IpAddr::from([10, 0, 0, n]));
+        assert_eq!([1, 2, 4, 3].map(own), [(0, 3), (1, 3), (2, 3), (3, 4)]);
     }
 
     #[test]

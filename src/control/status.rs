@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 use super::Control;
 use crate::{
     telemetry::metrics::{Gauges, SetGauge, UpstreamGauge},
-    upstream::{Endpoint, Set, dispatch::now_ms},
+    upstream::{Endpoint, Set, dispatch::now_ms, lanes::Lanes, shares},
 };
 
 pub fn status(control: &Control) -> Value {
@@ -25,6 +25,10 @@ pub fn status(control: &Control) -> Value {
                     let value = json!({
                         "saturation": saturation(set, queued),
                         "usable": set.usable(now_ms()),
+                        "capacity": set.capacity(),
+                        "share": set.share(),
+                        "replicas": told.replicas.map(|(_, all)| all),
+                        "oversubscribed": oversubscribed(set, told.replicas),
                         "known_age_seconds": known_age(control, set),
                         "endpoints": endpoints,
                     });
@@ -44,6 +48,7 @@ pub fn status(control: &Control) -> Value {
                 "refused": told.refused.get(name),
                 "draining": draining,
                 "queued": queued,
+                "lanes": lanes(&upstream.lanes),
                 "sets": sets,
             });
             (name.to_string(), value)
@@ -84,10 +89,31 @@ fn endpoint(endpoint: &Endpoint) -> Value {
         "address": endpoint.address.to_string(),
         "state": state,
         "capacity": endpoint.capacity(),
+        "share": endpoint.capacity().map(|capacity| endpoint.share().min(capacity)),
+        "borrowed": endpoint.borrowed(),
         "busy": endpoint.busy(),
         "parked": endpoint.parked(),
         "reason": endpoint.reason(now),
     })
+}
+
+fn lanes(lanes: &Lanes) -> Value {
+    let slots = lanes.capacity();
+    let of = |workers: u32| slots.map(|slots| workers.min(slots));
+    let named = lanes.named().iter().map(|lane| {
+        let all = slots.unwrap_or(u32::MAX);
+        let value = json!({
+            "busy": lane.busy(), "waiting": lane.waiting(), "priority": lane.policy.priority,
+            "limit": of(lane.limit(all)), "reserve": of(lane.reserve(all)), "kept_free": of(lane.kept(all)),
+        });
+        (lane.name().to_string(), value)
+    });
+    Value::Object(named.collect())
+}
+
+/// By how many requests at once the replicas together may overrun the set, because each keeps one slot; 0 where there is one for each.
+fn oversubscribed(set: &Set, replicas: Option<(usize, usize)>) -> Option<u32> {
+    Some(shares::oversubscribed(set.capacity()?, replicas.map_or(1, |(_, all)| all)))
 }
 
 /// 0 for what stands in the file or is being watched; `None`: Kubernetes has told nothing yet.
@@ -123,6 +149,7 @@ pub fn gauges(control: &Control, memory: u64, disk: u64) -> Gauges {
                         name: set.name().clone(),
                         active,
                         capacity: set.capacity().map(u64::from),
+                        share: set.share().map(u64::from),
                         busy: set.endpoints.iter().map(|e| u64::from(e.busy())).sum(),
                         parked: set.endpoints.iter().map(|e| u64::from(e.parked())).sum(),
                         usable: set.usable(now_ms()) as u64,
@@ -134,6 +161,7 @@ pub fn gauges(control: &Control, memory: u64, disk: u64) -> Gauges {
             UpstreamGauge {
                 name: upstream.name.clone(),
                 queued: queued as u64,
+                lanes: upstream.lanes.named().iter().map(|l| (l.name().clone(), u64::from(l.busy()), l.waiting() as u64)).collect(),
                 sets,
                 refused: refused.contains_key(&upstream.name),
             }

@@ -28,7 +28,7 @@ use crate::{
         site::PhpRoot,
         upstream::{Balance, Policy, SetConfig},
     },
-    telemetry::php_log::PhpLog,
+    telemetry::{metrics::Shard, php_log::PhpLog},
     upstream::{Dispatcher, Ticket, Want, dispatch::now_ms, health::Health, snapshot::Hold},
 };
 
@@ -48,6 +48,8 @@ pub struct Php<'a> {
     pub peer: &'a Peer,
     pub client: &'a ClientInfo,
     pub record: &'a Rc<Record>,
+    /// Until when somebody waits for the answer, where that is known.
+    pub deadline: Option<Instant>,
 }
 
 /// PHP's answer, or why there is none.
@@ -78,18 +80,27 @@ pub async fn forward(worker: &Rc<Worker>, php: &Php<'_>, incoming: Incoming) -> 
     let mut resent = false;
     loop {
         let key = hash_key(worker, upstream, php);
-        let want =
-            Want { upstream, once: !idempotent || attempts > 0, key: key.as_bytes(), tried: &tried, refused: &refused, since };
-        let ticket = match worker.dispatcher.acquire(&want).await {
+        let want = Want {
+            upstream,
+            once: !idempotent || attempts > 0,
+            key: key.as_bytes(),
+            tried: &tried,
+            refused: &refused,
+            since,
+            deadline: php.deadline,
+            lane: php.route.lane.as_deref(),
+        };
+        let mut waiting = Waiting { metrics: &worker.sinks.metrics, upstream, since: Instant::now(), ended: None };
+        let acquired = worker.dispatcher.acquire(&want).await;
+        waiting.ended = Some(acquired.as_ref().map(|ticket| ticket.waited).map_err(|none| none.kind));
+        drop(waiting);
+        let ticket = match acquired {
             Ok(ticket) => ticket,
             // What an attempt met says more than that there was nobody else to try.
             Err(none) => return Err(failed.unwrap_or(none)),
         };
         attempts += 1;
         php.record.dispatched(&ticket);
-        if !ticket.waited.is_zero() {
-            worker.sinks.metrics.queue_wait(upstream, ticket.waited);
-        }
         let (policy, set) = (ticket.upstream.policy.clone(), ticket.set.clone());
         let (endpoint, leased) = (ticket.endpoint().clone(), ticket.conn.is_some());
         let Failed { error, hold } = match attempt(worker, php, &site_root, &body, ticket, &policy).await {
@@ -128,6 +139,32 @@ pub async fn forward(worker: &Rc<Worker>, php: &Php<'_>, incoming: Incoming) -> 
             refused.push(endpoint.id);
         }
         failed = Some(error);
+    }
+}
+
+/// Counts how long a request has waited and why it has waited in vain, also where its client has left.
+struct Waiting<'a> {
+    metrics: &'a Shard,
+    upstream: &'a str,
+    since: Instant,
+    /// `None`: the client has left.
+    ended: Option<Result<Duration, Kind>>,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let waited = match self.ended {
+            Some(Ok(waited)) => waited,
+            _ => self.since.elapsed(),
+        };
+        match self.ended {
+            None => self.metrics.expired(self.upstream, Kind::ClientLeft.cause()),
+            Some(Err(kind @ (Kind::QueueTimeout | Kind::DeadlinePassed))) => self.metrics.expired(self.upstream, kind.cause()),
+            _ => {}
+        }
+        if !waited.is_zero() {
+            self.metrics.queue_wait(self.upstream, waited);
+        }
     }
 }
 

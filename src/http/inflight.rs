@@ -239,6 +239,9 @@ impl Drop for Finish {
         }
         if let Some(kind) = cause {
             self.sinks.metrics.error(kind.cause());
+            if kind.is_shed() {
+                self.sinks.metrics.shed(kind.cause());
+            }
         }
         // No head was sent: the client left before, as Nginx logs it.
         let status = if record.status.get() == 0 { Kind::ClientLeft.status().as_u16() } else { record.status.get() };

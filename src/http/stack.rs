@@ -12,6 +12,7 @@ use super::{
     forward::{self, Php},
     inflight::{Finish, Record, Sinks},
     layers::{
+        deadline,
         guards::{self, Passed},
         real_ip,
         request_id::RequestId,
@@ -162,8 +163,12 @@ async fn answer(
     let Ok(path_info) = std::str::from_utf8(path_info) else {
         return Err(Error::new(Kind::BadPath, "PATH_INFO is not UTF-8".to_owned()));
     };
+    // Until when somebody waits for the answer: whoever is not trusted would only shorten its own time, and fill the log with it.
+    let trusted = real_ip::is_trusted(peer.remote.ip(), &settings.listen.trusted_proxies);
+    let deadline = deadline::patience(&parts.headers).filter(|_| trusted).map(|patience| record.started + patience);
     let php = Php {
         settings,
+        deadline,
         site: &site,
         route: &route,
         script_name: &name,

@@ -9,6 +9,24 @@ pub enum Address {
     Unix(PathBuf),
 }
 
+impl Address {
+    /// `None` for a unix socket.
+    pub fn ip(&self) -> Option<std::net::IpAddr> {
+        match self {
+            Address::Tcp(address) => Some(address.ip()),
+            Address::Unix(_) => None,
+        }
+    }
+
+    /// An unspecified address (`0.0.0.0:9001`, `[::]:9001`) stands for that port of each endpoint.
+    pub fn at(&self, endpoint: &Address) -> Address {
+        match (self, endpoint.ip()) {
+            (Address::Tcp(listen), Some(ip)) if listen.ip().is_unspecified() => Address::Tcp(SocketAddr::new(ip, listen.port())),
+            _ => self.clone(),
+        }
+    }
+}
+
 impl FromStr for Address {
     type Err = String;
 

@@ -72,6 +72,8 @@ pub struct Route {
     pub read_timeout: Option<Duration>,
     pub params: Vec<(String, String)>,
     pub access_log: bool,
+    /// Of its upstream; `None`: none.
+    pub lane: Option<Arc<str>>,
 }
 
 #[derive(Debug)]

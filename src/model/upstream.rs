@@ -17,6 +17,9 @@ pub struct Policy {
     pub retries: u32,
     pub balance: Balance,
     pub queue: QueuePolicy,
+    /// Over how long an endpoint that has just come gets its full part of the load; zero: at once.
+    pub slow_start: Duration,
+    pub lanes: Vec<LanePolicy>,
     /// A static file that the active set's root lacks is looked for in those of the other sets.
     pub assets_fallback: bool,
 }
@@ -46,6 +49,25 @@ pub struct QueuePolicy {
     pub timeout: Duration,
 }
 
+/// `[upstream.NAME.lane.LANE]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LanePolicy {
+    /// Empty for requests that name none.
+    pub name: Arc<str>,
+    /// Percent of the workers that are kept for it.
+    pub reserve: u8,
+    /// Who waits in the lane with the highest goes first.
+    pub priority: u32,
+    /// Percent of the workers that it may have at once.
+    pub limit: u8,
+}
+
+impl Default for LanePolicy {
+    fn default() -> Self {
+        LanePolicy { name: Arc::from(""), reserve: 0, priority: 0, limit: 100 }
+    }
+}
+
 /// `[upstream.NAME.set.SET]`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SetConfig {
@@ -57,7 +79,7 @@ pub struct SetConfig {
     pub php_root: Option<String>,
     pub min_ready: usize,
     pub status_path: Option<String>,
-    /// FPM's `pm.status_listen`: the status question goes there and takes no slot.
+    /// FPM's `pm.status_listen`: the status question goes there and takes no slot. An unspecified address stands for each endpoint's own.
     pub status_listen: Option<Address>,
     pub ping: Option<Ping>,
     pub preflight: Option<Preflight>,

@@ -73,14 +73,20 @@ metrics! {
     ATTEMPTS = Counter "slackwater_upstream_attempts_total" ["upstream", "set", "result"]
         "Tries to have PHP answer a request; retries count again.";
     QUEUE_WAIT = Histogram "slackwater_upstream_queue_wait_seconds" ["upstream"]
-        "Time that requests which had to queue waited for a worker of PHP.";
+        "Time that requests which had to queue waited for a worker of PHP, whether they got one or not.";
+    EXPIRED = Counter "slackwater_upstream_expired_total" ["upstream", "reason"]
+        "Requests that ended in the queue and never reached PHP: their time was over, or their client had left.";
     QUEUE_DEPTH = Gauge "slackwater_upstream_queue_depth" ["upstream"] "Requests waiting for a worker of PHP now.";
     CAPACITY = Gauge "slackwater_upstream_capacity" ["upstream", "set"]
         "FPM workers of the set's usable endpoints; absent where it is not known.";
     BUSY = Gauge "slackwater_upstream_busy" ["upstream", "set"] "FPM workers that run a request of ours now.";
     PARKED = Gauge "slackwater_upstream_parked" ["upstream", "set"] "FPM workers held by a kept connection without a request.";
     SATURATION = Gauge "slackwater_upstream_saturation" ["upstream", "set"]
-        "Busy workers as a part of the capacity, 0 to 1; absent where that is not known.";
+        "Requests of this replica, running and queued, over the set's workers: above 1 they wait. The sum over the replicas is the load of the set. Absent where the capacity is not known.";
+    SHARE = Gauge "slackwater_upstream_share" ["upstream", "set"]
+        "FPM workers of the set that this replica may use now: its own share and what it has borrowed; absent where the capacity is not known.";
+    LANE_BUSY = Gauge "slackwater_upstream_lane_busy" ["upstream", "lane"] "Requests of the lane that run now.";
+    LANE_WAITING = Gauge "slackwater_upstream_lane_waiting" ["upstream", "lane"] "Requests of the lane that wait for a worker now.";
     USABLE = Gauge "slackwater_upstream_endpoints_usable" ["upstream", "set"] "Endpoints that may be given requests.";
     KNOWN_AGE = Gauge "slackwater_kubernetes_known_age_seconds" ["upstream", "set"]
         "Age of what Kubernetes has told of the set's Service; 0 while it is watched, absent before the first list.";
@@ -113,6 +119,8 @@ pub struct UpstreamGauge {
     pub name: Arc<str>,
     pub queued: u64,
     pub sets: Vec<SetGauge>,
+    /// Name, running, waiting.
+    pub lanes: Vec<(Arc<str>, u64, u64)>,
     /// Its annotation is not followed.
     pub refused: bool,
 }
@@ -125,7 +133,9 @@ pub struct SetGauge {
     pub busy: u64,
     pub parked: u64,
     pub usable: u64,
-    /// 0 to 1; `None` where the capacity is not known.
+    /// Slots that this replica may use; `None` where the capacity is not known.
+    pub share: Option<u64>,
+    /// `None` where the capacity is not known.
     pub saturation: Option<f64>,
     /// In seconds; `None` for what stands in the file, and where nothing is known.
     pub known_age: Option<f64>,
@@ -222,6 +232,9 @@ impl Metrics {
             }
             for (upstream, cell) in &counts.upstreams.values {
                 scrape.queue_waits.entry(Arc::clone(upstream)).or_default().merge(&cell.queue_wait);
+                for (reason, n) in &cell.expired {
+                    *scrape.expired.entry((Arc::clone(upstream), reason)).or_default() += n;
+                }
                 for ((set, result), n) in &cell.attempts {
                     *scrape.attempts.entry((Arc::clone(upstream), Arc::clone(set), result)).or_default() += n;
                 }
@@ -266,6 +279,7 @@ struct SiteCounts {
 #[derive(Default)]
 struct UpstreamCounts {
     queue_wait: Histogram,
+    expired: Vec<(&'static str, u64)>,
     attempts: Vec<((Arc<str>, &'static str), u64)>,
 }
 
@@ -302,6 +316,11 @@ impl Shard {
     /// A request has left the queue, granted or not.
     pub fn queue_wait(&self, upstream: &str, waited: Duration) {
         lock(&self.counts).upstreams.get(upstream).queue_wait.observe(waited.as_secs_f64());
+    }
+
+    /// A request has ended in the queue without having reached PHP.
+    pub fn expired(&self, upstream: &str, reason: &'static str) {
+        add(&mut lock(&self.counts).upstreams.get(upstream).expired, reason);
     }
 
     /// `cause` is `error::Kind::cause`.
@@ -388,6 +407,7 @@ struct Scrape {
     shed: BTreeMap<&'static str, u64>,
     attempts: BTreeMap<(Arc<str>, Arc<str>, &'static str), u64>,
     queue_waits: BTreeMap<Arc<str>, Histogram>,
+    expired: BTreeMap<(Arc<str>, &'static str), u64>,
     connections: u64,
     accepted: u64,
     reloads: Vec<(&'static str, u64)>,
@@ -440,6 +460,9 @@ impl Scrape {
                 self.attempts.iter().try_for_each(|((upstream, set, result), n)| out.counter(&[upstream, set, result], *n))
             }
             name if name == QUEUE_WAIT.name => self.queue_waits.iter().try_for_each(|(upstream, h)| out.histogram(&[upstream], h)),
+            name if name == EXPIRED.name => {
+                self.expired.iter().try_for_each(|((upstream, reason), n)| out.counter(&[&**upstream, reason], *n))
+            }
             name if name == QUEUE_DEPTH.name => self.gauges.upstreams.iter().try_for_each(|u| out.gauge(&[&u.name], u.queued)),
             name if name == PHASE.name => {
                 let phase = self.gauges.phase;
@@ -464,6 +487,13 @@ impl Scrape {
             if name == REFUSED.name {
                 out.gauge(&[&*upstream.name], u64::from(upstream.refused))?;
             }
+            for (lane, busy, waiting) in &upstream.lanes {
+                match name {
+                    name if name == LANE_BUSY.name => out.gauge(&[&*upstream.name, lane], *busy)?,
+                    name if name == LANE_WAITING.name => out.gauge(&[&*upstream.name, lane], *waiting)?,
+                    _ => {}
+                }
+            }
             for set in &upstream.sets {
                 let labels = [&*upstream.name, &*set.name];
                 match name {
@@ -471,6 +501,7 @@ impl Scrape {
                     name if name == BUSY.name => out.gauge(&labels, set.busy)?,
                     name if name == PARKED.name => out.gauge(&labels, set.parked)?,
                     name if name == SATURATION.name => set.saturation.map_or(Ok(()), |part| out.fraction(&labels, part))?,
+                    name if name == SHARE.name => set.share.map_or(Ok(()), |n| out.gauge(&labels, n))?,
                     name if name == USABLE.name => out.gauge(&labels, set.usable)?,
                     name if name == KNOWN_AGE.name => set.known_age.map_or(Ok(()), |age| out.fraction(&labels, age))?,
                     name if name == ACTIVE.name => out.gauge(&labels, u64::from(set.active))?,

@@ -1,19 +1,45 @@
-//! The queue of an upstream: first in, first out, bounded in number and time. It is the upstream's, not a set's or a pod's.
+//! The queue of an upstream: who waits, who goes next, and who is told at once that it would wait in vain. It is the upstream's, not a set's or
+//! a pod's; each lane has a row of its own in it.
+//!
+//! A row is first in, first out in ordinary times. Once somebody has been waiting in it for [`LASTING`] without a break it goes newest first: whoever is served
+//! then is served in time, where first in, first out would serve everybody just as they give up. That is adaptive LIFO
+//! (B. Maurer, "Fail at Scale", ACM Queue 13(8), 2015); the sign of a queue that stands, rather than one that a burst has made, is CoDel's (RFC
+//! 8289). Who cannot be reached before its deadline at the rate at which workers have become free is shed: a newcomer in ordinary times, the oldest
+//! under overload.
 //!
 //! A grant is a wake-up, not a slot: the waiter dispatches on the snapshot that is current then. So that no wake-up is lost a waiter joins
 //! first and looks for a slot afterwards, while a slot is given back first and the queue looked at afterwards; both
 //! with sequentially consistent atomics. A waiter that was woken and has left passes its wake-up on.
+//!
+//! Bounded in number by `queue.max`, in time by each deadline, and in bytes by `buffer.total` and `buffer.disk`, where the bodies of those who
+//! wait are counted.
 
 use std::{
+    cmp::Reverse,
     collections::BTreeMap,
-    ops::Bound,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
-    },
+    sync::{Arc, PoisonError},
+    time::Duration,
 };
 
-use tokio::sync::Notify;
+use tokio::{sync::Notify, time::Instant};
+
+use super::{
+    lanes::{Done, Lanes},
+    sync::{AtomicU8, AtomicU64, AtomicUsize, Mutex, MutexGuard, Ordering},
+};
+
+/// A row that has not been empty for so long, or for two service times where that is longer, is overloaded.
+pub const LASTING: Duration = Duration::from_secs(1);
+const LASTING_AT_MOST: Duration = Duration::from_secs(5);
+
+/// Of two that came within so long of each other the one goes first whose worker has the kept connection.
+const SKEW: Duration = Duration::from_millis(10);
+
+/// Finished requests before their time is evidence.
+const ENOUGH: u64 = 8;
+/// Service times are means over at least so long, and at most twice that.
+const LONG: Duration = Duration::from_secs(10);
+const RECENT: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Default)]
 pub struct Queue {
@@ -24,23 +50,284 @@ pub struct Queue {
 
 #[derive(Debug, Default)]
 struct Inner {
+    /// The next place; places are in order of arrival.
     next: u64,
+    /// Counts grants, so that rows of one priority take turns.
+    turn: u64,
+    /// Counts slots that became free: who has passed this one on is not asked for it again.
+    round: u64,
+    rows: Vec<Row>,
+    lanes: Option<Arc<Lanes>>,
+}
+
+/// Those who wait in one lane.
+#[derive(Debug)]
+struct Row {
+    lane: Arc<str>,
+    /// Its members; read without the lock.
+    counter: Arc<AtomicUsize>,
     /// In order of arrival; those that are woken are still here until they settle.
-    list: BTreeMap<u64, Arc<Entry>>,
+    members: BTreeMap<u64, Arc<Entry>>,
+    /// Since when it has not been empty.
+    since: Option<Instant>,
+    lasting: Duration,
+    served: u64,
+    speed: Speed,
 }
 
 #[derive(Debug)]
 struct Entry {
     worker: usize,
-    granted: AtomicBool,
+    arrived: Instant,
+    deadline: Instant,
+    state: AtomicU8,
+    /// The round in which it has let the others go before it.
+    passed: AtomicU64,
     wake: Notify,
 }
 
+const ASLEEP: u8 = 0;
+const GRANTED: u8 = 1;
+const EVICTED: u8 = 2;
+const TOO_LATE: u8 = 3;
+
 impl Entry {
-    /// Under the queue's lock.
-    fn grant(&self) {
-        self.granted.store(true, Ordering::Relaxed);
+    fn is_asleep(&self) -> bool {
+        self.state.load(Ordering::Relaxed) == ASLEEP
+    }
+
+    /// Under the queue's lock, by one who has taken it out of its row.
+    fn tell(&self, state: u8) {
+        self.state.store(state, Ordering::Relaxed);
         self.wake.notify_one();
+    }
+}
+
+/// Who comes.
+#[derive(Clone, Copy, Debug)]
+pub struct Arrival {
+    pub worker: usize,
+    /// `queue.max`.
+    pub max: usize,
+    pub deadline: Instant,
+}
+
+/// Why there is no place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refused {
+    /// So many wait already.
+    Full { waiting: usize },
+    /// Its turn would come after about so long, which is after its deadline.
+    TooLate { wait: Duration },
+}
+
+/// What a waiter is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wake {
+    /// Look for a slot.
+    Granted,
+    /// Its place was needed for somebody who can still be served.
+    Evicted,
+    /// Its turn cannot come before its deadline.
+    TooLate,
+}
+
+/// What a request that has ended does with its kept connection.
+#[derive(Debug)]
+pub enum Next {
+    Nobody,
+    /// The next one is of another worker, where the connection cannot go.
+    Elsewhere,
+    /// One of this worker, chosen already: to be woken when the connection is parked.
+    Here(Chosen),
+}
+
+/// A waiter that is to be woken.
+#[derive(Debug)]
+pub struct Chosen(Arc<Entry>);
+
+impl Chosen {
+    pub fn wake(self) {
+        self.0.wake.notify_one();
+    }
+}
+
+/// How long requests hold a worker, in the mean.
+#[derive(Debug, Default)]
+struct Speed {
+    long: Window,
+    recent: Window,
+}
+
+#[derive(Debug, Default)]
+struct Window {
+    turned: Option<Instant>,
+    before: Done,
+    at_turn: Done,
+}
+
+impl Window {
+    fn mean(&mut self, now: Instant, span: Duration, done: Done) -> (u64, Duration) {
+        match self.turned {
+            Some(turned) if now.saturating_duration_since(turned) < span => {}
+            Some(_) => (self.turned, self.before, self.at_turn) = (Some(now), self.at_turn, done),
+            None => self.turned = Some(now),
+        }
+        // A new set begins to count anew.
+        let (Some(finished), Some(spent)) =
+            (done.finished.checked_sub(self.before.finished), done.spent_us.checked_sub(self.before.spent_us))
+        else {
+            *self = Window::default();
+            return (0, Duration::ZERO);
+        };
+        (finished, Duration::from_micros(spent / finished.max(1)))
+    }
+}
+
+impl Speed {
+    /// The lower of a long and a short mean: what is slow while a pool warms up, or once, is not taken for what will be.
+    fn service_time(&mut self, now: Instant, done: Done) -> Option<Duration> {
+        let (finished, long) = self.long.mean(now, LONG, done);
+        let recent = match self.recent.mean(now, RECENT, done) {
+            (0, _) => long,
+            (_, recent) => recent,
+        };
+        (finished >= ENOUGH).then(|| long.min(recent))
+    }
+}
+
+/// Who is looked for.
+#[derive(Clone, Copy, Debug)]
+enum Whom {
+    Anybody,
+    /// Of those that came at nearly the same time one of this worker, which has the connection.
+    RatherOf(usize),
+    /// Who has not passed this round's slot on.
+    NotPassed(u64),
+}
+
+impl Row {
+    fn new(lane: Arc<str>) -> Self {
+        Row {
+            lane,
+            counter: Arc::default(),
+            members: BTreeMap::new(),
+            since: None,
+            lasting: LASTING,
+            served: 0,
+            speed: Speed::default(),
+        }
+    }
+
+    fn is_overloaded(&self, now: Instant) -> bool {
+        self.since.is_some_and(|since| now.saturating_duration_since(since) >= self.lasting)
+    }
+
+    /// Those who sleep, in the order in which they go.
+    fn order(&self, now: Instant) -> impl Iterator<Item = (&u64, &Arc<Entry>)> {
+        let newest_first = self.is_overloaded(now);
+        let (oldest, newest) =
+            if newest_first { (None, Some(self.members.iter().rev())) } else { (Some(self.members.iter()), None) };
+        oldest.into_iter().flatten().chain(newest.into_iter().flatten()).filter(|(_, entry)| entry.is_asleep())
+    }
+
+    /// Who goes next.
+    fn next(&self, now: Instant, whom: Whom) -> Option<&Arc<Entry>> {
+        let has_passed = |entry: &Entry| matches!(whom, Whom::NotPassed(round) if entry.passed.load(Ordering::Relaxed) == round);
+        let mut order = self.order(now).map(|(_, entry)| entry).filter(|entry| !has_passed(entry));
+        let first = order.next()?;
+        let Whom::RatherOf(worker) = whom else { return Some(first) };
+        if worker == first.worker {
+            return Some(first);
+        }
+        let near = |entry: &&Arc<Entry>| {
+            let (a, b) = (first.arrived, entry.arrived);
+            a.saturating_duration_since(b).max(b.saturating_duration_since(a)) <= SKEW
+        };
+        Some(order.take_while(near).find(|entry| entry.worker == worker).unwrap_or(first))
+    }
+
+    fn insert(&mut self, place: u64, entry: Arc<Entry>) {
+        self.since.get_or_insert(entry.arrived);
+        self.members.insert(place, entry);
+        self.counter.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn remove(&mut self, place: u64) -> Option<Arc<Entry>> {
+        let entry = self.members.remove(&place)?;
+        self.counter.fetch_sub(1, Ordering::SeqCst);
+        if self.members.is_empty() {
+            self.since = None;
+        }
+        Some(entry)
+    }
+
+    /// After how long the one with `ahead` others before it gets a slot; `None`: not known.
+    fn wait(&mut self, ahead: usize, now: Instant, lanes: &Lanes) -> Option<Duration> {
+        let lane = lanes.lane(lanes.find(Some(&self.lane)));
+        let slots = lane.limit(lanes.capacity()?).min(lanes.capacity()?);
+        let time = self.speed.service_time(now, lane.done())?;
+        self.lasting = (time * 2).clamp(LASTING, LASTING_AT_MOST);
+        // Half of one is left of those that run.
+        Some(time.mul_f64((ahead as f64 + 0.5) / f64::from(slots.max(1))))
+    }
+}
+
+impl Inner {
+    fn row(&mut self, lane: &Arc<str>) -> &mut Row {
+        let at = self.rows.iter().position(|row| row.lane == *lane).unwrap_or_else(|| {
+            self.rows.push(Row::new(lane.clone()));
+            self.rows.len() - 1
+        });
+        &mut self.rows[at]
+    }
+
+    /// Rows of lanes that are gone end when they are empty.
+    fn follow(&mut self, lanes: &Arc<Lanes>) {
+        if self.lanes.as_ref().is_some_and(|known| Arc::ptr_eq(known, lanes)) {
+            return;
+        }
+        self.lanes = Some(lanes.clone());
+        self.rows.retain(|row| !row.members.is_empty() || Arc::strong_count(&row.counter) > 1);
+    }
+
+    /// The row whose turn it is: one whose reserve is lent, then by priority, then in turn. And who goes there.
+    fn next(&self, now: Instant, whom: Whom) -> Option<(usize, &Arc<Entry>)> {
+        let lanes = self.lanes.as_deref();
+        let candidates = self.rows.iter().enumerate().filter_map(|(at, row)| {
+            if row.members.is_empty() {
+                return None;
+            }
+            let lane = lanes.map_or(0, |lanes| lanes.find(Some(&row.lane)));
+            if lanes.is_some_and(|lanes| !lanes.may_enter(lane)) {
+                return None;
+            }
+            let entry = row.next(now, whom)?;
+            let rank = lanes.map(|lanes| {
+                let lane = lanes.lane(lane);
+                (lane.busy() < lane.reserve(lanes.capacity().unwrap_or(0)), lane.policy.priority)
+            });
+            Some(((rank, Reverse(row.served)), at, entry))
+        });
+        candidates.max_by_key(|(rank, at, _)| (*rank, Reverse(*at))).map(|(_, at, entry)| (at, entry))
+    }
+
+    /// Marks the next one as chosen; it is to be notified.
+    fn choose(&mut self, now: Instant, whom: Whom) -> Option<Arc<Entry>> {
+        let (at, entry) = self.next(now, whom)?;
+        let entry = entry.clone();
+        self.grant(at, &entry);
+        Some(entry)
+    }
+
+    fn grant(&mut self, at: usize, entry: &Entry) {
+        entry.state.store(GRANTED, Ordering::Relaxed);
+        self.turn += 1;
+        self.rows[at].served = self.turn;
+    }
+
+    fn waiting(&self) -> usize {
+        self.rows.iter().map(|row| row.members.len()).sum()
     }
 }
 
@@ -53,27 +340,99 @@ impl Queue {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the last place, or says how many wait if that is `max` already.
-    pub fn join(self: &Arc<Self>, worker: usize, max: usize) -> Result<Waiter, usize> {
-        let mut inner = self.lock();
-        if inner.list.len() >= max {
-            return Err(inner.list.len());
-        }
-        let entry = Arc::new(Entry { worker, granted: AtomicBool::new(false), wake: Notify::new() });
-        let place = inner.next;
-        inner.next += 1;
-        inner.list.insert(place, entry.clone());
-        // Under the lock, so that nobody sees the entry without the count.
-        self.waiting.fetch_add(1, Ordering::SeqCst);
-        Ok(Waiter { queue: self.clone(), entry, place, settled: false })
+    /// How many wait in a lane: kept by the queue, to be read without its lock.
+    pub(super) fn counter(&self, lane: &Arc<str>) -> Arc<AtomicUsize> {
+        self.lock().row(lane).counter.clone()
     }
 
-    /// Wakes the one who has waited longest and has not been woken.
+    /// The lanes of the snapshot in force: who goes next depends on them.
+    pub fn follow(&self, lanes: &Arc<Lanes>) {
+        self.lock().follow(lanes);
+    }
+
+    /// Takes a place in the lane's row, or says why there is none. Under overload it may be that of the one who has waited longest.
+    pub fn join(self: &Arc<Self>, lanes: &Arc<Lanes>, lane: usize, arrival: Arrival) -> Result<Waiter, Refused> {
+        let Arrival { worker, max, deadline } = arrival;
+        let now = Instant::now();
+        let mut guard = self.lock();
+        let inner = &mut *guard;
+        inner.follow(lanes);
+        let (name, waiting, rows) = (lanes.lane(lane).name().clone(), inner.waiting(), inner.rows.len());
+        let row = inner.row(&name);
+        let overloaded = row.is_overloaded(now);
+        let wait = row.wait(row.members.len(), now, lanes);
+        if !overloaded && let Some(wait) = wait.filter(|wait| *wait > deadline.saturating_duration_since(now)) {
+            return Err(Refused::TooLate { wait });
+        }
+        if waiting >= max {
+            // Its own row's oldest, or one of a row that has more than its part.
+            let own = row.members.len();
+            let from = if own * rows <= max {
+                (0..inner.rows.len())
+                    .max_by_key(|at| inner.rows[*at].members.len())
+                    .filter(|at| inner.rows[*at].members.len() > own)
+            } else {
+                None
+            };
+            let from = from.or_else(|| inner.rows.iter().position(|row| row.lane == name && overloaded));
+            if !from.is_some_and(|at| self.evict(&mut inner.rows[at], now, EVICTED)) {
+                return Err(Refused::Full { waiting });
+            }
+        }
+        let entry = Arc::new(Entry {
+            worker,
+            arrived: now,
+            deadline,
+            state: AtomicU8::new(ASLEEP),
+            passed: AtomicU64::new(u64::MAX),
+            wake: Notify::new(),
+        });
+        let place = inner.next;
+        inner.next += 1;
+        inner.row(&name).insert(place, entry.clone());
+        // Under the lock, so that nobody sees the entry without the count.
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        self.shed(inner, now);
+        drop(guard);
+        Ok(Waiter { queue: self.clone(), lane: name, entry, place, settled: false })
+    }
+
+    /// The one who would go last is told that its turn does not come.
+    fn evict(&self, row: &mut Row, now: Instant, state: u8) -> bool {
+        let Some(place) = row.order(now).last().map(|(place, _)| *place) else { return false };
+        if let Some(entry) = row.remove(place) {
+            self.waiting.fetch_sub(1, Ordering::SeqCst);
+            entry.tell(state);
+        }
+        true
+    }
+
+    /// Under overload: those who have fallen so far behind that their deadline comes first.
+    fn shed(&self, inner: &mut Inner, now: Instant) {
+        let Some(lanes) = inner.lanes.clone() else { return };
+        for row in inner.rows.iter_mut().filter(|row| row.is_overloaded(now)) {
+            while let Some(oldest) = row.members.values().find(|entry| entry.is_asleep()) {
+                let left = oldest.deadline.saturating_duration_since(now);
+                let Some(wait) = row.wait(row.members.len() - 1, now, &lanes) else { break };
+                if wait <= left || !self.evict(row, now, TOO_LATE) {
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Wakes the one whose turn it is.
     pub fn wake_one(&self) {
-        if self.waiting() > 0
-            && let Some(entry) = self.lock().list.values().find(|e| !e.granted.load(Ordering::Relaxed))
-        {
-            entry.grant();
+        if self.waiting() > 0 {
+            let now = Instant::now();
+            let mut inner = self.lock();
+            inner.round += 1;
+            let chosen = inner.choose(now, Whom::Anybody);
+            self.shed(&mut inner, now);
+            drop(inner);
+            if let Some(entry) = chosen {
+                entry.wake.notify_one();
+            }
         }
     }
 
@@ -84,12 +443,28 @@ impl Queue {
         }
     }
 
-    /// The worker of the one who would be woken next.
-    pub fn next_worker(&self) -> Option<usize> {
+    /// Who is to have what `worker` has just done with.
+    pub fn next_for(&self, worker: usize) -> Next {
         if self.waiting() == 0 {
-            return None;
+            return Next::Nobody;
         }
-        self.lock().list.values().find(|e| !e.granted.load(Ordering::Relaxed)).map(|e| e.worker)
+        let now = Instant::now();
+        let mut inner = self.lock();
+        let Some((at, entry)) = inner.next(now, Whom::RatherOf(worker)) else { return Next::Nobody };
+        if entry.worker != worker {
+            return Next::Elsewhere;
+        }
+        let entry = entry.clone();
+        inner.grant(at, &entry);
+        Next::Here(Chosen(entry))
+    }
+
+    /// After how long a newcomer would have its turn, for Retry-After; `None`: not known.
+    pub fn expected_wait(&self, lane: &Arc<str>) -> Option<Duration> {
+        let mut inner = self.lock();
+        let lanes = inner.lanes.clone()?;
+        let row = inner.row(lane);
+        row.wait(row.members.len(), Instant::now(), &lanes)
     }
 }
 
@@ -97,36 +472,49 @@ impl Queue {
 #[derive(Debug)]
 pub struct Waiter {
     queue: Arc<Queue>,
+    lane: Arc<str>,
     entry: Arc<Entry>,
     place: u64,
     settled: bool,
 }
 
 impl Waiter {
-    /// Waits to be woken.
-    pub async fn granted(&self) {
-        self.entry.wake.notified().await;
+    /// Waits to be told.
+    pub async fn told(&self) -> Wake {
+        loop {
+            self.entry.wake.notified().await;
+            // Told under the lock, before the notification.
+            match self.entry.state.load(Ordering::Relaxed) {
+                ASLEEP => {}
+                GRANTED => return Wake::Granted,
+                EVICTED => return Wake::Evicted,
+                _ => return Wake::TooLate,
+            }
+        }
     }
 
     /// A wake-up came to nothing: back to the same place, to be woken again.
     pub fn again(&self) {
         let _inner = self.queue.lock();
-        self.entry.granted.store(false, Ordering::Relaxed);
-    }
-
-    /// There is a slot that this waiter may not have (its endpoint has failed it): the next behind it may.
-    pub fn pass_on(&self) {
-        let inner = self.queue.lock();
-        let behind = inner.list.range((Bound::Excluded(self.place), Bound::Unbounded));
-        if let Some((_, entry)) = behind.into_iter().find(|(_, e)| !e.granted.load(Ordering::Relaxed)) {
-            entry.grant();
+        if self.entry.state.load(Ordering::Relaxed) == GRANTED {
+            self.entry.state.store(ASLEEP, Ordering::Relaxed);
         }
     }
 
-    /// Nobody came before who is still asleep.
+    /// There is a slot that this waiter may not have (its endpoint has failed it): the next one may.
+    pub fn pass_on(&self) {
+        let mut inner = self.queue.lock();
+        let round = inner.round;
+        self.entry.passed.store(round, Ordering::Relaxed);
+        if let Some(entry) = inner.choose(Instant::now(), Whom::NotPassed(round)) {
+            entry.wake.notify_one();
+        }
+    }
+
+    /// Nobody who sleeps would go before it.
     pub fn is_next(&self) -> bool {
         let inner = self.queue.lock();
-        inner.list.range(..self.place).all(|(_, e)| e.granted.load(Ordering::Relaxed))
+        inner.next(Instant::now(), Whom::Anybody).is_some_and(|(_, entry)| Arc::ptr_eq(entry, &self.entry))
     }
 
     /// It has its slot: leaves the queue.
@@ -139,9 +527,10 @@ impl Drop for Waiter {
     fn drop(&mut self) {
         let woken = {
             let mut inner = self.queue.lock();
-            inner.list.remove(&self.place);
-            self.queue.waiting.fetch_sub(1, Ordering::SeqCst);
-            self.entry.granted.load(Ordering::Relaxed)
+            if inner.row(&self.lane).remove(self.place).is_some() {
+                self.queue.waiting.fetch_sub(1, Ordering::SeqCst);
+            }
+            self.entry.state.load(Ordering::Relaxed) == GRANTED
         };
         if woken && !self.settled {
             self.queue.wake_one();
@@ -150,73 +539,4 @@ impl Drop for Waiter {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn is_woken(waiter: &Waiter) -> bool {
-        waiter.entry.granted.load(Ordering::Relaxed)
-    }
-
-    #[test]
-    fn wakes_in_order_of_arrival() {
-        let queue = Arc::new(Queue::default());
-        let first = queue.join(0, 9).unwrap();
-        let second = queue.join(1, 9).unwrap();
-        assert!(first.is_next() && !second.is_next());
-        queue.wake_one();
-        assert!(is_woken(&first) && !is_woken(&second));
-        assert!(second.is_next());
-        assert_eq!(queue.next_worker(), Some(1));
-    }
-
-    #[test]
-    fn a_woken_waiter_that_leaves_passes_its_wake_up_on() {
-        let queue = Arc::new(Queue::default());
-        let first = queue.join(0, 9).unwrap();
-        let second = queue.join(0, 9).unwrap();
-        queue.wake_one();
-        drop(first);
-        assert!(is_woken(&second));
-        second.settle();
-        assert_eq!(queue.waiting(), 0);
-    }
-
-    #[test]
-    fn a_settled_waiter_keeps_its_wake_up() {
-        let queue = Arc::new(Queue::default());
-        let first = queue.join(0, 9).unwrap();
-        let second = queue.join(0, 9).unwrap();
-        queue.wake_one();
-        first.settle();
-        assert!(!is_woken(&second));
-    }
-
-    #[test]
-    fn a_wake_up_that_came_to_nothing_keeps_its_place() {
-        let queue = Arc::new(Queue::default());
-        let first = queue.join(0, 9).unwrap();
-        let second = queue.join(0, 9).unwrap();
-        queue.wake(2);
-        first.again();
-        queue.wake_one();
-        assert!(is_woken(&first) && is_woken(&second));
-    }
-
-    #[test]
-    fn a_wake_up_passed_on_goes_to_the_next_behind_and_never_back() {
-        let queue = Arc::new(Queue::default());
-        let first = queue.join(0, 9).unwrap();
-        let second = queue.join(0, 9).unwrap();
-        second.pass_on();
-        assert!(!is_woken(&first) && !is_woken(&second));
-        first.pass_on();
-        assert!(!is_woken(&first) && is_woken(&second));
-    }
-
-    #[test]
-    fn is_bounded() {
-        let queue = Arc::new(Queue::default());
-        let _first = queue.join(0, 1).unwrap();
-        assert_eq!(queue.join(0, 1).unwrap_err(), 1);
-    }
-}
+mod tests;

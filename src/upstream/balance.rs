@@ -1,11 +1,11 @@
 //! Which endpoint. Pure: it sees loads and gives an index.
 
 /// What is known of one endpoint at the moment of the choice.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Load {
     pub used: u32,
-    /// `None`: not known; then `used` alone is compared.
-    pub capacity: Option<u32>,
+    /// Its workers, fewer while it is new; the same for all where they are not known.
+    pub weight: f64,
     pub usable: bool,
     pub free: bool,
 }
@@ -15,10 +15,18 @@ pub struct Load {
 const LOOK_AT_ALL: usize = 16;
 const SAMPLE: usize = 4;
 
+/// What an endpoint counts for. One that is new (`warmth` below 1) counts for less, at least one worker: it gets as many requests at once as that, and
+/// more only where all others are as busy; so nobody waits while a worker is free.
+pub fn weight(workers: Option<u32>, warmth: f64) -> f64 {
+    match workers {
+        Some(workers) => (f64::from(workers) * warmth).max(1.0),
+        None => warmth.max(0.1),
+    }
+}
+
 /// Is `a` less busy than `b`, by share of its workers?
 fn less(a: Load, b: Load) -> bool {
-    let share = |l: Load| u64::from(l.capacity.unwrap_or(1).max(1));
-    u64::from(a.used) * share(b) < u64::from(b.used) * share(a)
+    f64::from(a.used) * b.weight < f64::from(b.used) * a.weight
 }
 
 /// The least busy usable endpoint with a free slot; `seed` breaks ties and picks the sample.
@@ -57,7 +65,7 @@ mod tests {
     use super::*;
 
     fn load(used: u32, capacity: u32) -> Load {
-        Load { used, capacity: Some(capacity), usable: true, free: used < capacity }
+        Load { used, weight: f64::from(capacity), usable: true, free: used < capacity }
     }
 
     #[test]
@@ -66,6 +74,18 @@ mod tests {
         for seed in 0..4 {
             assert_eq!(least_busy(2, seed, |i| loads[i]), Some(1));
         }
+    }
+
+    /// Two of eight workers each, of which the first came three of ten seconds ago: it counts as two workers and a bit.
+    #[test]
+    fn one_that_is_new_gets_less_and_is_not_left_idle_while_others_are_full() {
+        let new = |used| Load { weight: weight(Some(8), 0.3), ..load(used, 8) };
+        let taken = |loads: [Load; 2]| least_busy(2, 0, |i| loads[i]);
+        assert_eq!(taken([new(0), load(1, 8)]), Some(0), "an idle one is asked first, however new");
+        assert_eq!(taken([new(2), load(6, 8)]), Some(1));
+        assert_eq!(taken([new(2), load(7, 8)]), Some(0));
+        assert_eq!(taken([new(7), load(8, 8)]), Some(0));
+        assert_eq!([weight(Some(8), 0.0), weight(Some(8), 1.0), weight(None, 1.0), weight(None, 0.0)], [1.0, 8.0, 1.0, 0.1]);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::{
 use tokio::{sync::Notify, time::Instant};
 
 use super::{
-    admission::Waiter,
+    admission::{Arrival, Next, Refused, Waiter, Wake},
     balance::{self, Load},
     endpoint::{Endpoint, Slot},
     snapshot::{Hold, Set, Upstream},
@@ -50,8 +50,11 @@ pub struct Want<'a> {
     pub tried: &'a [u64],
     /// Endpoints that did not take a connection for this request: not tried again.
     pub refused: &'a [u64],
-    /// When the request began to want a slot: the queue's deadline counts from here, retries included.
+    /// When the request began to want a slot: `queue.timeout` counts from here, retries included.
     pub since: Instant,
+    /// Until when anybody waits for its answer, where that is known (X-Request-Timeout).
+    pub deadline: Option<Instant>,
+    pub lane: Option<&'a str>,
 }
 
 /// A dispatched request: its slot, and through its upstream the Activation that it holds.
@@ -105,6 +108,10 @@ impl Dispatcher {
 
     /// A slot, after waiting in the queue if need be. The error says why there is none: 503.
     pub async fn acquire(&self, want: &Want<'_>) -> Result<Ticket, Error> {
+        // Nothing is begun for somebody who does not wait any more.
+        if want.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+            return Err(late(want));
+        }
         let (upstream, none) = match self.dispatch(want, true) {
             Ok(ticket) => return Ok(ticket),
             Err(NoTicket::NoUpstream) => {
@@ -113,40 +120,68 @@ impl Dispatcher {
             Err(NoTicket::Full(upstream)) => (upstream, false),
             Err(NoTicket::NoEndpoint(upstream)) => (upstream, true),
         };
-        let exhausted = |kind| {
-            let what = if none { "no usable endpoint" } else { "all workers are busy" };
-            Error::new(kind, format!("upstream {}: {what}", want.upstream))
-        };
+        let what = if none { "no usable endpoint" } else { "all workers are busy" };
+        let exhausted = |kind| Error::new(kind, format!("upstream {}: {what}", want.upstream));
         let policy = upstream.policy.queue;
         let Some(max) = policy.max else { return Err(exhausted(if none { Kind::NoEndpoint } else { Kind::QueueFull })) };
         // Nobody comes back for a request that everybody has refused.
         if none && !want.refused.is_empty() {
             return Err(exhausted(Kind::NoEndpoint));
         }
-        let waiter = upstream.queue.join(self.worker, max).map_err(|waiting| {
-            Error::new(Kind::QueueFull, format!("upstream {}: {waiting} requests wait already", want.upstream))
-        })?;
+        let (queue, timeout) = (upstream.queue.clone(), want.since + policy.timeout);
+        let deadline = want.deadline.map_or(timeout, |deadline| deadline.min(timeout));
+        let lane = upstream.lanes.find(want.lane);
+        let name = upstream.lanes.lane(lane).name().clone();
+        let refused = |kind, why: String| {
+            let wait = queue.expected_wait(&name).unwrap_or_default();
+            Error::new(kind, format!("upstream {}: {why}", want.upstream)).retry_after(wait)
+        };
+        // Of one lane nobody has asked so far.
+        upstream.tell_lanes(now_ms());
+        let waiter = match queue.join(&upstream.lanes, lane, Arrival { worker: self.worker, max, deadline }) {
+            Ok(waiter) => waiter,
+            Err(Refused::Full { waiting }) => return Err(refused(Kind::QueueFull, format!("{waiting} requests wait already"))),
+            Err(Refused::TooLate { wait }) => {
+                let left = deadline.saturating_duration_since(Instant::now());
+                let why = format!("its turn would come after about {wait:.1?}, its deadline in {left:.1?}");
+                return Err(refused(Kind::QueueTooLong, why));
+            }
+        };
         self.ask_for_leases(&upstream.active);
-        if !waiter.is_next() {
+        let is_next = waiter.is_next();
+        if !is_next {
             // Joined, then looked: whoever is at the head takes what became free in between.
             upstream.wake_for_free_slots();
         }
         // An Arc<Upstream> held while waiting would keep a set from draining.
         drop(upstream);
 
-        let deadline = want.since + policy.timeout;
-        if waiter.is_next()
-            && let Ok(ticket) = self.dispatch(want, false)
-        {
+        if is_next && let Ok(ticket) = self.dispatch(want, false) {
             return Ok(self.settle(waiter, ticket, want.since));
         }
-        let timeout = tokio::time::sleep_until(deadline);
-        tokio::pin!(timeout);
+        let expired = || match none {
+            true => exhausted(Kind::NoEndpoint),
+            false if deadline < timeout => late(want),
+            false => refused(Kind::QueueTimeout, what.to_owned()),
+        };
+        let sleep = tokio::time::sleep_until(deadline);
+        tokio::pin!(sleep);
         loop {
-            tokio::select! {
+            let told = tokio::select! {
                 biased;
-                () = waiter.granted() => {}
-                () = &mut timeout => return Err(exhausted(if none { Kind::NoEndpoint } else { Kind::QueueTimeout })),
+                told = waiter.told() => told,
+                () = &mut sleep => return Err(expired()),
+            };
+            match told {
+                Wake::Granted => {}
+                Wake::Evicted => return Err(refused(Kind::QueueFull, "newer requests have taken its place".to_owned())),
+                Wake::TooLate => {
+                    return Err(refused(Kind::QueueTooLong, "its turn would come after its deadline".to_owned()));
+                }
+            }
+            // Woken late: nobody waits for it any more.
+            if deadline <= Instant::now() {
+                return Err(expired());
             }
             if let Ok(ticket) = self.dispatch(want, false) {
                 return Ok(self.settle(waiter, ticket, want.since));
@@ -188,16 +223,25 @@ impl Dispatcher {
         if all && !set.endpoints.iter().any(|e| may_try(e)) {
             return Err(NoTicket::NoEndpoint(upstream.clone()));
         }
-        if newcomer && upstream.queue.waiting() > 0 {
+        let usable = |e: &Endpoint| may_try(e) && (all || e.is_usable(now));
+        let lanes = &upstream.lanes;
+        let lane = lanes.find(want.lane);
+        if !lanes.is_plain() {
+            upstream.tell_lanes(now);
+        }
+        if newcomer && upstream.queue.waiting() > 0 && lanes.must_wait(lane) {
             return Err(NoTicket::Full(upstream.clone()));
         }
-        let usable = |e: &Endpoint| may_try(e) && (all || e.is_usable(now));
+        let work = lanes.enter(lane).ok_or_else(|| NoTicket::Full(upstream.clone()))?;
         let turn = self.turn.get();
         self.turn.set(turn.wrapping_add(1));
 
         let load = |index: usize| match set.endpoints.get(index) {
-            Some(e) => Load { used: e.used(), capacity: e.capacity(), usable: usable(e), free: e.has_free_slot() },
-            None => Load { used: 0, capacity: None, usable: false, free: false },
+            Some(e) => {
+                let weight = balance::weight(e.limit(), e.warmth(now, upstream.policy.slow_start));
+                Load { used: e.used(), weight, usable: usable(e), free: e.has_free_slot() }
+            }
+            None => Load { used: 0, weight: 1.0, usable: false, free: false },
         };
         let count = set.endpoints.len();
         let taken = match &upstream.policy.balance {
@@ -217,7 +261,11 @@ impl Dispatcher {
                 ring.order(want.key).take(count * 4).filter(|i| load(*i).usable).find_map(|i| self.slot_of(set, i, want, upstream))
             }),
         };
-        let (slot, conn) = taken.ok_or_else(|| NoTicket::Full(upstream.clone()))?;
+        let Some((mut slot, conn)) = taken else {
+            work.undone();
+            return Err(NoTicket::Full(upstream.clone()));
+        };
+        slot.work = Some(work);
         Ok(Ticket { slot, upstream: Hold::new(upstream.clone()), set: set.clone(), conn, waited: Duration::ZERO })
     }
 
@@ -265,33 +313,33 @@ impl Dispatcher {
 
     /// The request is over: the connection is kept if it may be and nobody waits for the slot, else both end here.
     pub fn finish(&self, ticket: Ticket, conn: Option<Conn>) {
-        let Ticket { slot, upstream, .. } = ticket;
+        let Ticket { mut slot, upstream, .. } = ticket;
         upstream.end(End::Completed);
+        // Before it is decided who is next: that may be one of the same lane.
+        slot.work = None;
         let (Some(conn), Some(policy)) = (conn, &upstream.policy.lease) else { return };
         let terms = terms(policy);
         let endpoint = slot.endpoint.clone();
-        if endpoint.capacity().is_none()
-            || endpoint.is_disabled()
-            || endpoint.is_leaving()
-            || !Pool::<Slot>::fits(&conn, &terms, Instant::now())
-        {
+        if !endpoint.may_lease() || !Pool::<Slot>::fits(&conn, &terms, Instant::now()) {
             return;
         }
         let queue = &upstream.queue;
-        let next = queue.next_worker();
+        let next = queue.next_for(self.worker);
         // Somebody on another worker is next: the slot goes there, the connection cannot.
-        if next.is_some_and(|worker| worker != self.worker) {
+        if matches!(next, Next::Elsewhere) {
             return;
         }
         self.pool.borrow_mut().park(endpoint.id, conn, slot, &terms);
         endpoint.count_parked(self.worker, true);
         self.parked.notify_one();
-        if next.is_some() {
-            // One of ours is next: it finds the connection here.
-            queue.wake_one();
-        } else if queue.waiting() > 0 {
+        match next {
+            // It finds the connection here.
+            Next::Here(chosen) => chosen.wake(),
             // Somebody joined between the look and the parking.
-            self.unpark(endpoint.id);
+            _ if queue.waiting() > 0 => {
+                self.unpark(endpoint.id);
+            }
+            _ => {}
         }
     }
 
@@ -351,6 +399,10 @@ fn move_to_least_busy(
         Some(better) => (better, None),
         None => (slot, None),
     }
+}
+
+fn late(want: &Want<'_>) -> Error {
+    Error::new(Kind::DeadlinePassed, format!("upstream {}: the deadline of X-Request-Timeout has passed", want.upstream))
 }
 
 fn terms(policy: &LeasePolicy) -> Terms {

@@ -1,26 +1,29 @@
 //! One FPM pod: its slots, leases, counters and health. It outlives snapshots and is known by its address.
 //!
 //! A slot is a worker of the pod. It is taken before connect() and given back by our close(), or passes on with a kept
-//! connection. `used` counts taken slots, `parked` those of them that idle in a lease; the rest is busy.
+//! connection. `used` counts taken slots, `parked` those of them that idle in a lease; the rest is busy. Where several replicas of this proxy
+//! share the pod, users' requests get its `share` of the workers and what it may borrow ([`super::shares`]).
 
 use std::{
     cell::Cell,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
-    },
+    sync::{Arc, PoisonError, Weak, atomic::AtomicBool},
+    time::Duration,
 };
 
 use tokio::sync::Notify;
 
 use super::{
     admission::Queue,
+    dispatch::now_ms,
     health::{Health, Preflight, Probe},
+    lanes::Work,
+    sync::{AtomicU32, AtomicU64, Mutex, MutexGuard, Ordering, update},
 };
 use crate::model::Address;
 
 /// Capacity not told and not learned yet: nothing is parked, nothing queued.
 const UNKNOWN: u32 = 0;
+const WHOLE: u32 = u32::MAX;
 
 #[derive(Debug)]
 pub struct Endpoint {
@@ -28,6 +31,15 @@ pub struct Endpoint {
     pub address: Address,
     capacity: AtomicU32,
     used: AtomicU32,
+    /// Of the capacity what this replica may use; `WHOLE` where it is alone.
+    share: AtomicU32,
+    borrowed: AtomicU32,
+    /// What follows from the three: slots that requests may take at once.
+    limit: AtomicU32,
+    /// Kept connections are allowed: there are not more replicas than workers.
+    leases: AtomicBool,
+    /// When it became usable, in milliseconds.
+    came_ms: AtomicU64,
     /// By worker; only that worker writes its own.
     parked: Box<[AtomicU32]>,
     disabled: AtomicBool,
@@ -63,6 +75,11 @@ impl Endpoint {
             address,
             capacity: AtomicU32::new(UNKNOWN),
             used: AtomicU32::new(0),
+            share: AtomicU32::new(WHOLE),
+            borrowed: AtomicU32::new(0),
+            limit: AtomicU32::new(WHOLE),
+            leases: AtomicBool::new(true),
+            came_ms: AtomicU64::new(now_ms()),
             parked: (0..workers).map(|_| AtomicU32::new(0)).collect(),
             disabled: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
@@ -92,6 +109,59 @@ impl Endpoint {
 
     pub fn set_capacity(&self, capacity: Option<u32>) {
         self.capacity.store(capacity.unwrap_or(UNKNOWN), Ordering::SeqCst);
+        self.limit_again();
+    }
+
+    /// On the control plane's thread, as everything that the limit follows from.
+    fn limit_again(&self) {
+        let limit = match self.capacity() {
+            None => WHOLE,
+            Some(capacity) => capacity.min(self.share().saturating_add(self.borrowed())),
+        };
+        self.limit.store(limit, Ordering::SeqCst);
+    }
+
+    /// Slots that requests may take at once; `None`: any number.
+    pub fn limit(&self) -> Option<u32> {
+        Some(self.limit.load(Ordering::Relaxed)).filter(|limit| *limit != WHOLE)
+    }
+
+    /// The workers that are this replica's; all, and more than there are, where it is alone.
+    pub fn share(&self) -> u32 {
+        self.share.load(Ordering::Relaxed)
+    }
+
+    pub fn is_shared_by_replicas(&self) -> bool {
+        self.share() != WHOLE
+    }
+
+    /// `None`: all.
+    pub fn set_share(&self, share: Option<u32>, leases: bool) {
+        self.share.store(share.unwrap_or(WHOLE), Ordering::SeqCst);
+        self.leases.store(leases, Ordering::SeqCst);
+        if share.is_none() {
+            self.borrowed.store(0, Ordering::SeqCst);
+        }
+        self.limit_again();
+    }
+
+    /// Workers of other replicas that it may use for the time being.
+    pub fn borrowed(&self) -> u32 {
+        self.borrowed.load(Ordering::Relaxed)
+    }
+
+    pub fn set_borrowed(&self, workers: u32) {
+        self.borrowed.store(workers, Ordering::SeqCst);
+        self.limit_again();
+    }
+
+    /// Whether a connection may be kept. Not one of a borrowed worker: its owner waits for that in FPM's backlog.
+    pub fn may_lease(&self) -> bool {
+        self.capacity().is_some()
+            && self.leases.load(Ordering::Relaxed)
+            && self.used() <= self.share()
+            && !self.is_disabled()
+            && !self.is_leaving()
     }
 
     /// By an annotation; `None`: no longer, so that it is unknown until it is learned.
@@ -123,6 +193,7 @@ impl Endpoint {
             self.pods.fetch_add(1, Ordering::SeqCst);
             self.set_disabled(false);
             self.update_health(0, |health| *health = fresh);
+            self.came(now_ms());
         }
         is_other
     }
@@ -141,19 +212,40 @@ impl Endpoint {
     }
 
     pub fn has_free_slot(&self) -> bool {
-        let capacity = self.capacity.load(Ordering::SeqCst);
-        capacity == UNKNOWN || self.used.load(Ordering::SeqCst) < capacity
+        let limit = self.limit.load(Ordering::SeqCst);
+        limit == WHOLE || self.used.load(Ordering::SeqCst) < limit
+    }
+
+    /// Slots that are free; `None`: any number.
+    pub fn free_slots(&self) -> Option<u32> {
+        self.limit().map(|limit| limit.saturating_sub(self.used()))
     }
 
     /// Takes one slot if one is free.
     pub fn try_take(self: &Arc<Self>, queue: &Arc<Queue>) -> Option<Slot> {
-        let capacity = self.capacity.load(Ordering::SeqCst);
-        self.used
-            .try_update(Ordering::SeqCst, Ordering::SeqCst, |used| {
-                (capacity == UNKNOWN || used < capacity).then(|| used.saturating_add(1))
-            })
-            .ok()
-            .map(|_| Slot { endpoint: self.clone(), queue: queue.clone() })
+        self.take_below(self.limit.load(Ordering::SeqCst), queue)
+    }
+
+    /// The same for a probe, which asks also where this replica has no share.
+    pub fn try_take_for_probe(self: &Arc<Self>, queue: &Arc<Queue>) -> Option<Slot> {
+        self.take_below(self.capacity().unwrap_or(WHOLE), queue)
+    }
+
+    fn take_below(self: &Arc<Self>, limit: u32, queue: &Arc<Queue>) -> Option<Slot> {
+        update(&self.used, |used| (limit == WHOLE || used < limit).then(|| used.saturating_add(1)))?;
+        Some(Slot { work: None, endpoint: self.clone(), queue: queue.clone() })
+    }
+
+    /// From 0 to 1: how much of its part of the load it is to get, `slow_start` after it has come.
+    pub fn warmth(&self, now_ms: u64, slow_start: Duration) -> f64 {
+        let age = now_ms.saturating_sub(self.came_ms.load(Ordering::Relaxed));
+        let whole = u64::try_from(slow_start.as_millis()).unwrap_or(u64::MAX);
+        if age >= whole { 1.0 } else { age as f64 / whole as f64 }
+    }
+
+    /// It has just come.
+    pub fn came(&self, now_ms: u64) {
+        self.came_ms.store(now_ms, Ordering::Relaxed);
     }
 
     pub(super) fn count_parked(&self, worker: usize, up: bool) {
@@ -245,6 +337,9 @@ impl Endpoint {
         self.unusable_until_ms.store(until, Ordering::Relaxed);
         self.failures.store(health.failures, Ordering::Relaxed);
         self.cold.store(health.preflight == Preflight::Asking, Ordering::SeqCst);
+        if after && !before {
+            self.came(now_ms);
+        }
         after && !before
     }
 
@@ -269,18 +364,18 @@ impl Endpoint {
     /// A slot for a probe: a free one, else the next that is given back.
     pub(super) async fn take_for_probe(self: &Arc<Self>, queue: &Arc<Queue>) -> Slot {
         loop {
-            if let Some(slot) = self.try_take(queue) {
+            if let Some(slot) = self.try_take_for_probe(queue) {
                 return slot;
             }
             // Joined, then looked again, as a waiter of the queue does.
             self.probes_waiting.fetch_add(1, Ordering::SeqCst);
             let waiting = ProbeWaits { endpoint: self, queue, granted: Cell::new(false) };
-            if let Some(slot) = self.try_take(queue) {
+            if let Some(slot) = self.try_take_for_probe(queue) {
                 return slot;
             }
             self.probe_granted.notified().await;
             waiting.granted.set(true);
-            if let Some(slot) = self.try_take(queue) {
+            if let Some(slot) = self.try_take_for_probe(queue) {
                 return slot;
             }
         }
@@ -288,7 +383,7 @@ impl Endpoint {
 
     /// One waiting probe less; false if there was none.
     fn one_probe_less(&self) -> bool {
-        self.probes_waiting.try_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)).is_ok()
+        update(&self.probes_waiting, |n| n.checked_sub(1)).is_some()
     }
 
     fn release(&self, queue: &Queue) {
@@ -328,19 +423,28 @@ impl Drop for ProbeWaits<'_> {
 /// One slot taken. Its drop gives it back and wakes whoever waits.
 #[derive(Debug)]
 pub struct Slot {
+    /// The request that it is taken for; none in a lease or for a probe.
+    pub work: Option<Work>,
     pub endpoint: Arc<Endpoint>,
     pub queue: Arc<Queue>,
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
+        // First: who is woken may be of the same lane.
+        self.work = None;
         self.endpoint.release(&self.queue);
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use tokio::time::Instant;
+
+    use super::{
+        super::{admission::Arrival, lanes::Lanes},
+        *,
+    };
 
     fn endpoint(capacity: Option<u32>) -> (Arc<Endpoint>, Arc<Queue>) {
         let endpoint = Arc::new(Endpoint::new(1, "127.0.0.1:9000".parse().unwrap(), 1));
@@ -372,7 +476,9 @@ mod tests {
     async fn a_probe_gets_the_next_slot_and_one_that_is_aborted_passes_it_to_the_queue() {
         let (endpoint, queue) = endpoint(Some(1));
         let taken = endpoint.try_take(&queue).unwrap();
-        let waiter = queue.join(0, 9).unwrap();
+        let lanes = Lanes::new(&[], &queue, None);
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let waiter = queue.join(&lanes, 0, Arrival { worker: 0, max: 9, deadline }).unwrap();
         let mut aborted = Box::pin(endpoint.take_for_probe(&queue));
         let mut second = Box::pin(endpoint.take_for_probe(&queue));
         for probe in [&mut aborted, &mut second] {
@@ -384,7 +490,7 @@ mod tests {
         let slot = second.await;
         assert_eq!(endpoint.used(), 1);
         drop(slot);
-        tokio::time::timeout(std::time::Duration::from_secs(1), waiter.granted()).await.unwrap();
+        tokio::time::timeout(std::time::Duration::from_secs(1), waiter.told()).await.unwrap();
 
         let taken = endpoint.try_take(&queue).unwrap();
         waiter.again();
@@ -392,7 +498,7 @@ mod tests {
         assert!(std::future::poll_fn(|cx| std::task::Poll::Ready(only.as_mut().poll(cx).is_pending())).await);
         drop(taken);
         drop(only);
-        tokio::time::timeout(std::time::Duration::from_secs(1), waiter.granted()).await.unwrap();
+        tokio::time::timeout(std::time::Duration::from_secs(1), waiter.told()).await.unwrap();
     }
 
     #[test]

@@ -5,9 +5,14 @@ pub mod balance;
 pub mod dispatch;
 pub mod endpoint;
 pub mod health;
+pub mod lanes;
+#[cfg(all(test, feature = "shuttle"))]
+mod models;
 pub mod probe;
+pub mod shares;
 pub mod snapshot;
 pub mod store;
+mod sync;
 
 pub use dispatch::{Dispatcher, Ticket, Want};
 pub use endpoint::{Endpoint, Slot};

@@ -14,6 +14,7 @@ use super::{
     dispatch::now_ms,
     endpoint::Endpoint,
     health,
+    shares::{Borrowing, Seen},
     snapshot::{Set, Snapshot},
 };
 use crate::{
@@ -38,6 +39,11 @@ const SETTLE_EVERY: Duration = Duration::from_millis(250);
 const ANSWER_GRACE: Duration = Duration::from_secs(1);
 /// Some 400 bytes for each process.
 const MAX_ANSWER: usize = 1024 * 1024;
+
+/// How often FPM is asked who works there, by a replica that needs more than its share. What it borrows it gives back within four answers.
+const BORROW_EVERY: Duration = Duration::from_millis(200);
+/// How often an endpoint that is not shared is looked at again.
+const SHARED_EVERY: Duration = Duration::from_secs(1);
 
 /// Questions under way at once.
 const AT_ONCE: usize = 64;
@@ -165,12 +171,13 @@ struct Target {
 
 /// Asks one endpoint as its set says, as long as it is there.
 async fn probe(target: Target, set: Arc<Set>, question: Option<Result<Question, String>>) {
+    let listen = set.config.status_listen.as_ref().map(|listen| listen.at(&target.endpoint.address));
     let status = async {
         let Some(path) = &set.config.status_path else { return };
         let mut told = false;
         let mut settling = SETTLE_ASKS;
         loop {
-            let known = target.status(path, set.config.status_listen.as_ref(), set.config.ping.is_none(), &mut told).await;
+            let known = target.status(path, listen.as_ref(), set.config.ping.is_none(), &mut told).await;
             settling = if known { settling.saturating_sub(1) } else { SETTLE_ASKS };
             tokio::time::sleep(match (known, settling) {
                 (false, _) => STATUS_RETRY,
@@ -187,7 +194,7 @@ async fn probe(target: Target, set: Arc<Set>, question: Option<Result<Question, 
             let quiet_ms = now_ms().saturating_sub(target.endpoint.last_answer_ms.load(std::sync::atomic::Ordering::Relaxed));
             let answers_users =
                 target.endpoint.is_usable(now_ms()) && quiet_ms < ping.every.as_millis().try_into().unwrap_or(u64::MAX);
-            if !answers_users && let Some(slot) = target.endpoint.try_take(&target.queue) {
+            if !answers_users && let Some(slot) = target.endpoint.try_take_for_probe(&target.queue) {
                 let result = target.ask_fpm(&target.endpoint.address, &ping.path, "").await;
                 drop(slot);
                 if matches!(&result, Ok((code, _)) if [403, 404].contains(code)) && !std::mem::replace(&mut told, true) {
@@ -204,7 +211,16 @@ async fn probe(target: Target, set: Arc<Set>, question: Option<Result<Question, 
             target.preflight(preflight, question).await;
         }
     };
-    tokio::join!(status, ping, preflight);
+    let borrow = async {
+        let Some(path) = &set.config.status_path else { return };
+        let mut borrowing = Borrowing::default();
+        loop {
+            target.borrow(path, listen.as_ref(), &mut borrowing).await;
+            let shared = target.endpoint.is_shared_by_replicas();
+            tokio::time::sleep(if shared { BORROW_EVERY } else { SHARED_EVERY }).await;
+        }
+    };
+    tokio::join!(status, ping, preflight, borrow);
 }
 
 impl Target {
@@ -248,6 +264,51 @@ impl Target {
             self.probed(result.map(|_| ()), 1, 1);
         }
         answered
+    }
+
+    /// Asks FPM what nobody uses, where that is needed, and borrows it; gives back what is not needed any more.
+    async fn borrow(&self, path: &str, listen: Option<&Address>, borrowing: &mut Borrowing) {
+        let endpoint = &self.endpoint;
+        let needed = endpoint.is_shared_by_replicas()
+            && (self.queue.waiting() > 0 || endpoint.borrowed() > 0 && endpoint.used() > endpoint.share());
+        let seen = match (needed, endpoint.capacity()) {
+            (true, Some(capacity)) => self.seen(path, listen, capacity).await,
+            _ => None,
+        };
+        let borrowed = match seen {
+            Some(seen) => borrowing.seen(endpoint.share(), seen),
+            None => {
+                borrowing.forget();
+                0
+            }
+        };
+        let before = endpoint.borrowed();
+        if borrowed != before {
+            tracing::debug!(endpoint = %endpoint.address, share = endpoint.share(), borrowed, ?seen, "workers of other replicas");
+            endpoint.set_borrowed(borrowed);
+            for _ in before..borrowed {
+                self.queue.wake_one();
+            }
+        }
+    }
+
+    async fn seen(&self, path: &str, listen: Option<&Address>, capacity: u32) -> Option<Seen> {
+        let own = self.endpoint.used();
+        let question = Question::of_fpm(path, "json&full");
+        let answer = match listen {
+            Some(address) => self.ask(address, &question, BORROW_EVERY * 2).await,
+            None => {
+                // Where none of ours is free the question would take the place of a request.
+                let slot = self.endpoint.take_for_probe(&self.queue).await;
+                let answer = self.ask(&self.endpoint.address, &question, BORROW_EVERY).await;
+                drop(slot);
+                answer
+            }
+        };
+        let (active, listen_queue) = workers_at_work(&answer.ok().filter(|(code, _)| *code == 200)?.1)?;
+        // Requests begin and end while FPM answers.
+        let own = own.max(self.endpoint.used());
+        Some(Seen { capacity, active, listen_queue, own })
     }
 
     /// Until so many good answers in a row, or until it is given up. A slot is waited for as long as it takes.
@@ -390,6 +451,15 @@ fn static_workers(body: &[u8]) -> Option<u32> {
     u32::try_from(status.get("processes")?.as_array()?.len()).ok().filter(|n| *n > 0)
 }
 
+/// How many of the processes that FPM's status page (`?json&full`) lists are not idle, and how many connections wait for one.
+fn workers_at_work(body: &[u8]) -> Option<(u32, u32)> {
+    let status: serde_json::Value = serde_json::from_slice(body).ok()?;
+    let processes = status.get("processes")?.as_array()?;
+    let active = processes.iter().filter(|process| process.get("state").is_none_or(|state| state != "Idle")).count();
+    let listen_queue = status.get("listen queue").and_then(serde_json::Value::as_u64).unwrap_or(0);
+    Some((u32::try_from(active).ok()?, u32::try_from(listen_queue).ok()?))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -436,5 +506,12 @@ mod tests {
         assert_eq!(static_workers(of("static").as_bytes()), Some(2));
         assert_eq!(static_workers(of("dynamic").as_bytes()), None);
         assert_eq!(static_workers(b"File not found.\n"), None);
+    }
+
+    #[test]
+    fn who_is_not_idle_is_at_work() {
+        let status = br#"{"listen queue":3,"active processes":77,"processes":[{"state":"Idle"},{"state":"Running"},{"state":"Reading headers"}]}"#;
+        assert_eq!(workers_at_work(status), Some((2, 3)));
+        assert_eq!(workers_at_work(b"File not found.\n"), None);
     }
 }

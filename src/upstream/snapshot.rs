@@ -11,7 +11,7 @@ use std::{
 
 use pingora_ketama::{Bucket, Continuum};
 
-use super::{admission::Queue, endpoint::Endpoint, health::Preflight};
+use super::{admission::Queue, endpoint::Endpoint, health::Preflight, lanes::Lanes};
 use crate::{
     lifecycle::drain,
     model::{
@@ -40,6 +40,8 @@ pub struct Upstream {
     pub active_by: ActiveBy,
     pub activation: Arc<Activation>,
     pub queue: Arc<Queue>,
+    /// Of this activation.
+    pub lanes: Arc<Lanes>,
     /// Removed from the configuration; here until no request holds a route to it.
     pub retired: bool,
 }
@@ -100,6 +102,11 @@ impl Set {
     /// The workers of all endpoints; `None` where one is not known.
     pub fn capacity(&self) -> Option<u32> {
         self.endpoints.iter().try_fold(0_u32, |sum, endpoint| Some(sum.saturating_add(endpoint.capacity()?)))
+    }
+
+    /// The slots that this replica may use of all endpoints; `None` where a capacity is not known.
+    pub fn share(&self) -> Option<u32> {
+        self.endpoints.iter().try_fold(0_u32, |sum, endpoint| Some(sum.saturating_add(endpoint.limit()?)))
     }
 
     pub fn has(&self, endpoint: u64) -> bool {

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use arc_swap::{ArcSwap, Guard};
 use tokio::sync::{mpsc, oneshot};
 
-use super::snapshot::Snapshot;
+use super::{dispatch::now_ms, snapshot::Snapshot};
 
 /// A barrier not passed within this time is an error that names the worker.
 pub const BARRIER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -111,6 +111,7 @@ impl Store {
     pub fn swap(&self, next: Arc<Snapshot>) {
         self.current.store(next.clone());
         for upstream in next.upstreams.values() {
+            upstream.queue.follow(&upstream.lanes);
             upstream.wake_for_free_slots();
         }
     }
@@ -122,16 +123,25 @@ impl super::snapshot::Upstream {
         if self.queue.waiting() == 0 {
             return;
         }
+        self.tell_lanes(now_ms());
         let free = self
             .active
             .endpoints
             .iter()
-            .map(|e| match e.capacity() {
-                None => usize::MAX,
-                Some(capacity) => usize::try_from(capacity.saturating_sub(e.used())).unwrap_or(usize::MAX),
-            })
+            .map(|e| e.free_slots().map_or(usize::MAX, |free| usize::try_from(free).unwrap_or(usize::MAX)))
             .fold(0, usize::saturating_add);
         self.queue.wake(free);
+    }
+
+    /// How many slots there are for the lanes to share: those of the usable endpoints, as dispatch takes them.
+    pub fn tell_lanes(&self, now_ms: u64) {
+        let endpoints = || self.active.endpoints.iter().filter(|e| !e.is_disabled() && !e.is_cold());
+        let sum = |usable: bool| {
+            let mut counted = endpoints().filter(|e| !usable || e.is_usable(now_ms));
+            counted.try_fold(0_u32, |sum, e| Some(sum.saturating_add(e.limit()?)))
+        };
+        let all = !endpoints().any(|e| e.is_usable(now_ms));
+        self.lanes.tell_capacity(sum(!all));
     }
 
     pub fn has_free_slot(&self) -> bool {

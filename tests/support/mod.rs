@@ -6,7 +6,7 @@
 //! [`load_balancer`] (reuses connections, checks health, notices late), [`relay`] (a network in between).
 //! Around it: [`apiserver`] (Kubernetes, as far as it is asked), [`cluster`] (that one or a real one), [`netns`] (where pods have addresses of
 //! their own). The proxy itself: [`process`]. The rest: [`pattern`] and [`sha1`] (bytes that can be checked), [`ports`],
-//! [`children`] (processes that do not outlive the test), [`gate`] (waiting without sleeping).
+//! [`children`] (processes that do not outlive the test), [`gate`] (waiting without sleeping), [`snapshot`] (the data plane without a process).
 
 #![allow(dead_code, reason = "every test binary compiles all of this and uses its part")]
 
@@ -26,3 +26,4 @@ pub mod real_fpm;
 pub mod relay;
 pub mod scripted_fpm;
 pub mod sha1;
+pub mod snapshot;

@@ -36,6 +36,7 @@ pub struct Builder {
     unix: bool,
     at: Option<std::net::SocketAddr>,
     status_listen: bool,
+    status_at: Option<std::net::SocketAddr>,
     status: bool,
     ping: bool,
     process_control_timeout: Duration,
@@ -62,13 +63,13 @@ impl Builder {
         self
     }
 
-    /// Listens on a unix socket in its folder.
     /// This address instead of a free one on loopback.
     pub fn at(mut self, address: std::net::SocketAddr) -> Builder {
         self.at = Some(address);
         self
     }
 
+    /// Listens on a unix socket in its folder.
     pub fn unix(mut self) -> Builder {
         self.unix = true;
         self
@@ -78,6 +79,12 @@ impl Builder {
     pub fn status_listen(mut self) -> Builder {
         self.status_listen = true;
         self
+    }
+
+    /// `pm.status_listen` there.
+    pub fn status_at(mut self, address: std::net::SocketAddr) -> Builder {
+        self.status_at = Some(address);
+        self.status_listen()
     }
 
     /// Neither `pm.status_path` nor `ping.path`, as in stock FPM.
@@ -143,7 +150,7 @@ impl Builder {
         } else {
             FpmAddress::Tcp(self.at.unwrap_or_else(ports::free_address))
         };
-        let status_address = self.status_listen.then(|| FpmAddress::Tcp(ports::free_address()));
+        let status_address = self.status_listen.then(|| FpmAddress::Tcp(self.status_at.unwrap_or_else(ports::free_address)));
         let mut fpm = RealFpm { plan: self, binary, folder, docroot, journal, address, status_address, child: None };
         fs::write(fpm.folder.path().join("fpm.conf"), fpm.configuration()).expect("the configuration is written");
         fpm.launch().await;
@@ -178,6 +185,7 @@ impl RealFpm {
             unix: false,
             at: None,
             status_listen: false,
+            status_at: None,
             status: true,
             ping: true,
             process_control_timeout: Duration::from_secs(10),
@@ -244,9 +252,9 @@ impl RealFpm {
         fastcgi::ask(&self.address, &params, &[]).await
     }
 
-    /// `pm.status_path?json`, past the proxy. It takes a worker unless there is a [`Builder::status_listen`].
+    /// `pm.status_path?json&full`, past the proxy. It takes a worker unless there is a [`Builder::status_listen`].
     pub async fn status(&self) -> std::io::Result<serde_json::Value> {
-        let params = fastcgi::script_params("", "/status", "json");
+        let params = fastcgi::script_params("", "/status", "json&full");
         let params: Vec<(&str, &str)> = params.iter().map(|(name, value)| (*name, value.as_str())).collect();
         let address = self.status_address.as_ref().unwrap_or(&self.address);
         let answer = fastcgi::ask(address, &params, &[]).await?;

@@ -43,13 +43,16 @@ pub const KEYS: Keys = &[
             "retries",
             "balance",
             "queue",
+            "slow_start",
             "assets_fallback",
             "set",
+            "lane",
         ],
     ),
     ("kubernetes", &["namespace", "kubeconfig", "self_service"]),
     ("lease", &["requests", "age", "idle"]),
     ("queue", &["max", "timeout"]),
+    ("lane", &["reserve", "priority", "limit"]),
     ("set", &["endpoints", "kubernetes", "root", "php_root", "min_ready", "status_path", "status_listen", "ping", "preflight"]),
     ("ping", &["path", "every", "fall", "rise"]),
     ("preflight", &["path", "host", "https", "requests", "expect", "timeout", "give_up"]),
@@ -73,9 +76,13 @@ pub const KEYS: Keys = &[
             "body_limit",
             "params",
             "access_log",
+            "lane",
         ],
     ),
-    ("route", &["path", "when", "files", "try_files", "script", "upstream", "read_timeout", "body_limit", "params", "access_log"]),
+    (
+        "route",
+        &["path", "when", "files", "try_files", "script", "upstream", "read_timeout", "body_limit", "params", "access_log", "lane"],
+    ),
     ("when", &["method"]),
 ];
 
@@ -93,15 +100,7 @@ const ROUTE_LATER: &[&str] = &[
     "error_page",
     "internal",
     "compress",
-    "lane",
-    "lanes",
 ];
 
 /// Keys of the design that this version refuses: silently doing without a `deny` would be worse than not starting.
-pub const LATER: Keys = &[
-    ("", &["tls"]),
-    ("upstream", &["lane", "lanes"]),
-    ("site", ROUTE_LATER),
-    ("route", ROUTE_LATER),
-    ("when", &["header", "cookie", "from"]),
-];
+pub const LATER: Keys = &[("", &["tls"]), ("site", ROUTE_LATER), ("route", ROUTE_LATER), ("when", &["header", "cookie", "from"])];

@@ -329,6 +329,30 @@ impl<'a> Value<'a> {
         Some(duration)
     }
 
+    /// Zero is `word`.
+    pub fn duration_or_zero(&self, word: &str) -> Option<Duration> {
+        match &self.node.kind {
+            Kind::Text(text) if text == word => Some(Duration::ZERO),
+            _ => self.duration(),
+        }
+    }
+
+    /// A share, from 0 to 100 hundredths.
+    pub fn percent(&self) -> Option<u8> {
+        let text = match &self.node.kind {
+            Kind::Text(text) => text,
+            Kind::Integer(number) => {
+                return self.refuse("a share is in percent", format!("write \"{number}%\", if percent are meant"));
+            }
+            _ => return self.mistyped("a share", "write a whole number of percent, as in \"20%\"".to_owned()),
+        };
+        let number = text.strip_suffix('%').filter(|digits| digits.bytes().all(|b| b.is_ascii_digit()));
+        match number.and_then(|digits| digits.parse::<u8>().ok()) {
+            Some(percent @ 0..=100) => Some(percent),
+            _ => self.refuse(format!("{text:?} is not a share"), "write a whole number from \"0%\" to \"100%\""),
+        }
+    }
+
     /// Bytes, from `min` to `max`.
     pub fn size(&self, min: u64, max: u64) -> Option<u64> {
         const UNITS: &str = "write a whole number and B, KiB, MiB, GiB or TiB, as in \"8MiB\"";

@@ -42,6 +42,7 @@ pub struct Keys {
     read_timeout: Option<Duration>,
     params: Vec<(String, String)>,
     access_log: bool,
+    lane: Option<Arc<str>>,
 }
 
 impl Keys {
@@ -55,6 +56,7 @@ impl Keys {
             read_timeout: None,
             params: Vec::new(),
             access_log: true,
+            lane: None,
         }
     }
 
@@ -72,7 +74,9 @@ impl Keys {
             read_timeout: t.read("read_timeout", above.read_timeout, |v| v.timeout().map(Some)),
             params: t.read("params", above.params.clone(), |v| params(v, &above.params)),
             access_log: t.read("access_log", above.access_log, |v| v.one_of(&[("on", true), ("off", false)])),
+            lane: t.read("lane", above.lane.clone(), |v| Some(v.text()?).map(|lane| (!lane.is_empty()).then(|| Arc::from(lane)))),
         };
+        keys.check_lane(t, around);
         if let Some(read_timeout) = keys.read_timeout
             && t.has("read_timeout")
         {
@@ -89,6 +93,29 @@ impl Keys {
         keys
     }
 
+    /// A lane is its upstream's. One that is inherited beside another upstream is a mistake as well: its requests would be in no lane.
+    fn check_lane(&self, t: &Reader<'_>, around: &Around<'_>) {
+        let Some(lane) = self.lane.as_deref() else { return };
+        let at = t.place(if t.has("lane") { "lane" } else { "upstream" });
+        let Some((name, upstream)) = self.upstream.as_ref().and_then(|name| around.upstreams.get_key_value(name)) else {
+            // Where there is no upstream at all another message says so, or there is no PHP here.
+            if t.has("lane") && self.upstream.is_none() {
+                let help = "write `upstream` before it, or leave the lane out".to_owned();
+                t.report.problem(at, format!("lane {lane:?}, and no upstream that could have it"), Some(help));
+            }
+            return;
+        };
+        let lanes = &upstream.policy.lanes;
+        if lanes.iter().any(|known| &*known.name == lane) {
+            return;
+        }
+        let help = match nearest(lane, lanes.iter().map(|known| &*known.name)) {
+            Some(near) => format!("did you mean \"{near}\"?"),
+            None => format!("add [upstream.{name}.lane.{lane}], or lane = \"\" here"),
+        };
+        t.report.problem(at, format!("upstream `{name}` has no lane {lane:?}"), Some(help));
+    }
+
     pub fn route(&self, path: String, pattern: Pattern, methods: Vec<Method>) -> Route {
         Route {
             path,
@@ -102,6 +129,7 @@ impl Keys {
             read_timeout: self.read_timeout,
             params: self.params.clone(),
             access_log: self.access_log,
+            lane: self.lane.clone(),
         }
     }
 }

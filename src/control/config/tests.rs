@@ -251,6 +251,31 @@ fn each_error_of_upstreams_has_its_place_and_says_what_is_right() {
             "1:30: `upstream.php.queue.timeout`: zero is no time at all\n  help: write a duration longer than zero, as in \"30s\"",
         ),
         (
+            "upstream.php.slow_start = 10",
+            "1:27: `upstream.php.slow_start`: a duration needs a unit\n  help: write \"10s\", if seconds are meant",
+        ),
+        (
+            "upstream.php.lane.slow.limit = 50",
+            "1:32: `upstream.php.lane.slow.limit`: a share is in percent\n  help: write \"50%\", if percent are meant",
+        ),
+        (
+            "upstream.php.lane.slow.limit = \"101%\"",
+            "1:32: `upstream.php.lane.slow.limit`: \"101%\" is not a share\n  help: write a whole number from \"0%\" to \"100%\"",
+        ),
+        (
+            "upstream.php.lane.slow.limit = \"0%\"",
+            "1:32: lane `slow` of upstream `php` has a limit of nothing\n  help: write at least limit = \"1%\"; a lane always has one worker",
+        ),
+        (
+            "upstream.php.lane.buy = { reserve = \"30%\", limit = \"20%\" }",
+            "1:52: lane `buy` of upstream `php` has a reserve of 30% and a limit of 20%\n  help: a lane never has more than its limit: reserve at most as much",
+        ),
+        (
+            "upstream.php.lane = { a = { reserve = \"60%\" }, b = { reserve = \"50%\" } }",
+            "1:21: the lanes of upstream `php` reserve 110% of its workers\n  help: reserve at most \"100%\" in all",
+        ),
+        ("upstream.php.lane.slow.priority = \"high\"", "1:35: `upstream.php.lane.slow.priority` is a string, not a whole number"),
+        (
             "upstream.php.set.green = {}",
             "1:10: upstream `php` has 2 sets, and nothing says which is active\n  help: write active = \"green\" or \"blue\"",
         ),
@@ -391,6 +416,8 @@ fn each_error_of_sites_and_routes_has_its_place_and_says_what_is_right() {
         (route("when = { method = [\"get\"] }"), "7:20: `site.route.when.method`: \"get\" is not in capitals\n  help: write \"GET\"".into()),
         (route("when = { method = \"GET\" }"), "7:19: `site.route.when.method` is a string, not a list\n  help: write [\"GET\"]".into()),
         (route("when = { methods = [] }"), "7:10: unknown key `methods` in `site.route.when`\n  help: did you mean `method`?".into()),
+        (route("lane = \"buy\""), "7:8: upstream `php` has no lane \"buy\"\n  help: add [upstream.php.lane.buy], or lane = \"\" here".into()),
+        (route("upstream = \"\"\nlane = \"buy\""), "8:8: lane \"buy\", and no upstream that could have it\n  help: write `upstream` before it, or leave the lane out".into()),
         (route("try_files = []"), "7:13: `site.route.try_files`: the list is empty\n  help: write [\"$uri\", \"$uri/\", \"/index.php\"], or leave the key out".into()),
         (route("try_files = [\"/x?y\", \"$uri\"]"), "7:14: `site.route.try_files`: \"/x?y\" has a query\n  help: write \"/x\": a file has none".into()),
         (route("try_files = [\"=404\", \"=99\"]"), "7:14: `site.route.try_files`: \"=404\" is not the last\n  help: an answer by code ends the list\n7:22: `site.route.try_files`: \"=99\" is not a status\n  help: write \"=404\", or another code from 200 to 599".into()),
@@ -776,6 +803,11 @@ const SAMPLES: &[(&str, &str, &str)] = &[
     ("lease", "idle", "\"51ms\""),
     ("queue", "max", "\"off\""),
     ("queue", "timeout", "\"1s\""),
+    ("upstream", "slow_start", "\"off\""),
+    ("upstream", "lane", "{ checkout = {} }"),
+    ("lane", "reserve", "\"20%\""),
+    ("lane", "priority", "10"),
+    ("lane", "limit", "\"50%\""),
     ("set", "endpoints", "[\"[::1]:9000\"]"),
     ("set", "root", "\"/release\""),
     ("set", "php_root", "\"/srv\""),
@@ -826,6 +858,8 @@ const SAMPLES: &[(&str, &str, &str)] = &[
     ("route", "body_limit", "\"0B\""),
     ("route", "params", "{ A = \"\\u0007\\\"{{\" }"),
     ("route", "access_log", "\"off\""),
+    ("site", "lane", "\"checkout\""),
+    ("route", "lane", "\"checkout\""),
     ("when", "method", "[\"GET\"]"),
 ];
 
@@ -839,6 +873,9 @@ fn with(section: &str, key: &str, value: &str) -> String {
         ("site", "upstream", "\"php\""),
         ("route", "path", "\"/x\""),
     ];
+    if key == "lane" && section != "upstream" {
+        keys.push(("upstream", "lane", "{ checkout = {} }"));
+    }
     if key == "active_from" {
         keys.push(("kubernetes", "namespace", "\"default\""));
     }
@@ -866,6 +903,7 @@ fn with(section: &str, key: &str, value: &str) -> String {
             "upstream" => (0, "upstream.php."),
             "lease" => (0, "upstream.php.lease."),
             "queue" => (0, "upstream.php.queue."),
+            "lane" => (0, "upstream.php.lane.checkout."),
             "set" => (0, "upstream.php.set.blue."),
             "ping" => (0, "upstream.php.set.blue.ping."),
             "preflight" => (0, "upstream.php.set.blue.preflight."),

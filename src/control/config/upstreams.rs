@@ -18,7 +18,7 @@ use super::{
 use crate::model::{
     Address,
     settings::Drain,
-    upstream::{Balance, LeasePolicy, Ping, Policy, Port, Preflight, QueuePolicy, ServicePort, SetConfig},
+    upstream::{Balance, LanePolicy, LeasePolicy, Ping, Policy, Port, Preflight, QueuePolicy, ServicePort, SetConfig},
 };
 
 const DAY: u32 = 86_400;
@@ -55,6 +55,8 @@ fn upstream(name: &str, mut t: Reader<'_>, drain: &Drain, told: &mut Told, folde
         retries: t.read("retries", 2, |v| v.count_u32(0, 100)),
         balance: t.read("balance", Balance::LeastBusy, balance),
         queue: queue(t.section("queue", "queue")),
+        slow_start: t.read("slow_start", Duration::from_secs(10), |v| v.duration_or_zero("off")),
+        lanes: lanes(name, &mut t),
         assets_fallback: t.read("assets_fallback", false, Value::boolean),
     };
     warn_of_cuts(&t, &format!("upstream.{name}.read_timeout"), policy.read_timeout, drain);
@@ -130,6 +132,40 @@ fn queue(mut t: Reader<'_>) -> QueuePolicy {
     };
     t.finish();
     queue
+}
+
+/// Lanes and their shares are looked at for each request.
+const MOST_LANES: usize = 16;
+
+fn lanes(upstream: &str, t: &mut Reader<'_>) -> Vec<LanePolicy> {
+    let at = t.place("lane");
+    let mut kept = 0_u32;
+    let mut lanes = Vec::new();
+    for (name, mut t) in t.named("lane", "lane") {
+        let reserve = t.read("reserve", 0, Value::percent);
+        let limit = t.read("limit", 100, Value::percent);
+        let at = t.place(if t.has("limit") { "limit" } else { "reserve" });
+        if limit == 0 {
+            let help = "write at least limit = \"1%\"; a lane always has one worker".to_owned();
+            t.report.problem(at, format!("lane `{name}` of upstream `{upstream}` has a limit of nothing"), Some(help));
+        } else if reserve > limit {
+            let message = format!("lane `{name}` of upstream `{upstream}` has a reserve of {reserve}% and a limit of {limit}%");
+            t.report.problem(at, message, Some("a lane never has more than its limit: reserve at most as much".to_owned()));
+        }
+        kept += u32::from(reserve);
+        let priority = t.read("priority", 0, |v| v.count_u32(0, 1_000));
+        t.finish();
+        lanes.push(LanePolicy { name: Arc::from(name), reserve, priority, limit });
+    }
+    if kept > 100 {
+        let message = format!("the lanes of upstream `{upstream}` reserve {kept}% of its workers");
+        t.report.problem(at, message, Some("reserve at most \"100%\" in all".to_owned()));
+    }
+    if lanes.len() > MOST_LANES {
+        let message = format!("upstream `{upstream}` has {} lanes", lanes.len());
+        t.report.problem(at, message, Some(format!("have at most {MOST_LANES}")));
+    }
+    lanes
 }
 
 fn balance(v: &Value<'_>) -> Option<Balance> {

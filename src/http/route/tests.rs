@@ -19,6 +19,7 @@ fn a_route(path: &str, pattern: Pattern) -> Route {
         read_timeout: None,
         params: Vec::new(),
         access_log: true,
+        lane: None,
     }
 }
 

@@ -9,6 +9,7 @@ fn with_everything() -> Arc<Metrics> {
         shard.request("example.com", 777, "php", "blue", 100.0);
         shard.attempt("php", "blue", "ok");
         shard.queue_wait("php", Duration::from_millis(20));
+        shard.expired("php", "client_left");
         shard.error("queue_full");
         shard.shed("queue_full");
         shard.connection_opened();
@@ -32,6 +33,7 @@ fn with_everything() -> Arc<Metrics> {
                     busy: 6,
                     parked: 1,
                     usable: 2,
+                    share: Some(4),
                     saturation: Some(0.75),
                     known_age: Some(1.5),
                 },
@@ -42,10 +44,12 @@ fn with_everything() -> Arc<Metrics> {
                     busy: 0,
                     parked: 0,
                     usable: 0,
+                    share: None,
                     saturation: None,
                     known_age: None,
                 },
             ],
+            lanes: vec![("checkout".into(), 2, 1)],
             refused: true,
         }],
         buffer_memory_bytes: 65_536,
@@ -70,6 +74,7 @@ fn shards_are_folded() {
     has(&text, r#"slackwater_request_duration_seconds_count{site="example.com"} 6"#);
     has(&text, r#"slackwater_upstream_attempts_total{upstream="php",set="blue",result="ok"} 2"#);
     has(&text, r#"slackwater_upstream_queue_wait_seconds_count{upstream="php"} 2"#);
+    has(&text, r#"slackwater_upstream_expired_total{upstream="php",reason="client_left"} 2"#);
     has(&text, r#"slackwater_errors_total{cause="queue_full"} 2"#);
     has(&text, r#"slackwater_shed_total{reason="queue_full"} 2"#);
     has(&text, "slackwater_connections 1");
@@ -89,6 +94,10 @@ fn gauges_are_asked_for_at_the_scrape() {
     has(&text, r#"slackwater_upstream_capacity{upstream="php",set="blue"} 8"#);
     assert!(!text.contains(r#"slackwater_upstream_capacity{upstream="php",set="green"}"#));
     has(&text, r#"slackwater_upstream_saturation{upstream="php",set="blue"} 0.75"#);
+    has(&text, r#"slackwater_upstream_share{upstream="php",set="blue"} 4"#);
+    assert!(!text.contains(r#"slackwater_upstream_share{upstream="php",set="green"}"#));
+    has(&text, r#"slackwater_upstream_lane_busy{upstream="php",lane="checkout"} 2"#);
+    has(&text, r#"slackwater_upstream_lane_waiting{upstream="php",lane="checkout"} 1"#);
     has(&text, r#"slackwater_upstream_active_set{upstream="php",set="green"} 0"#);
     has(&text, r#"slackwater_upstream_endpoints_usable{upstream="php",set="blue"} 2"#);
     has(&text, "slackwater_buffer_memory_bytes 65536");
