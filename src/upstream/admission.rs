@@ -1,11 +1,12 @@
 //! The queue of an upstream: who waits, who goes next, and who is told at once that it would wait in vain. It is the upstream's, not a set's or
 //! a pod's; each lane has a row of its own in it.
 //!
-//! A row is first in, first out in ordinary times. Once somebody has been waiting in it for [`LASTING`] without a break it goes newest first: whoever is served
-//! then is served in time, where first in, first out would serve everybody just as they give up. That is adaptive LIFO
-//! (B. Maurer, "Fail at Scale", ACM Queue 13(8), 2015); the sign of a queue that stands, rather than one that a burst has made, is CoDel's (RFC
-//! 8289). Who cannot be reached before its deadline at the rate at which workers have become free is shed: a newcomer in ordinary times, the oldest
-//! under overload.
+//! A row is first in, first out in ordinary times. Under lasting overload it goes newest first: whoever is served then is served in time, where first in, first
+//! out would serve everybody just as they give up. That is adaptive LIFO (B. Maurer, "Fail at Scale", ACM Queue 13(8), 2015). The signs of overload are
+//! CoDel's (RFC 8289) rather than a length: somebody has waited for [`LASTING`], and meanwhile the queue has not been served, has grown, or has been left. A
+//! queue that is long and patient, such as that of a load test with a fixed number of connections, stays in order: newest first would starve the
+//! oldest of them for ever. After a second without these signs it is ordinary again. Who cannot be reached before its deadline at the rate at which workers have become free is
+//! shed: a newcomer in ordinary times, the oldest under overload.
 //!
 //! A grant is a wake-up, not a slot: the waiter dispatches on the snapshot that is current then. So that no wake-up is lost a waiter joins
 //! first and looks for a slot afterwards, while a slot is given back first and the queue looked at afterwards; both
@@ -28,7 +29,7 @@ use super::{
     sync::{AtomicU8, AtomicU64, AtomicUsize, Mutex, MutexGuard, Ordering},
 };
 
-/// A row that has not been empty for so long, or for two service times where that is longer, is overloaded.
+/// A wait of so long, or of two service times where that is longer, is a sign of overload.
 pub const LASTING: Duration = Duration::from_secs(1);
 const LASTING_AT_MOST: Duration = Duration::from_secs(5);
 
@@ -68,9 +69,10 @@ struct Row {
     counter: Arc<AtomicUsize>,
     /// In order of arrival; those that are woken are still here until they settle.
     members: BTreeMap<u64, Arc<Entry>>,
-    /// Since when it has not been empty.
-    since: Option<Instant>,
     lasting: Duration,
+    flow: Flow,
+    /// Since when it goes newest first.
+    overloaded: Option<Instant>,
     served: u64,
     speed: Speed,
 }
@@ -196,6 +198,39 @@ impl Speed {
     }
 }
 
+/// What has become of a row within the last half of a second to a second.
+#[derive(Debug, Default)]
+struct Flow {
+    turned: Option<Instant>,
+    before: Counts,
+    now: Counts,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Counts {
+    arrived: u32,
+    served: u32,
+    /// Shed, or left by their clients.
+    left: u32,
+}
+
+impl Flow {
+    fn turn(&mut self, now: Instant) {
+        let age = self.turned.map_or(Duration::MAX, |turned| now.saturating_duration_since(turned));
+        if age >= LASTING / 2 {
+            self.before = if age >= LASTING { Counts::default() } else { self.now };
+            (self.now, self.turned) = (Counts::default(), Some(now));
+        }
+    }
+
+    /// Nobody was served, more came than were (by more than those who come again when they are), or somebody has not waited for it.
+    fn is_overload(&self, slots: u32) -> bool {
+        let sum = |count: fn(&Counts) -> u32| count(&self.before).saturating_add(count(&self.now));
+        let (arrived, served, left) = (sum(|c| c.arrived), sum(|c| c.served), sum(|c| c.left));
+        served == 0 || left > 0 || arrived > served.saturating_add(served / 20).saturating_add(slots)
+    }
+}
+
 /// Who is looked for.
 #[derive(Clone, Copy, Debug)]
 enum Whom {
@@ -212,29 +247,43 @@ impl Row {
             lane,
             counter: Arc::default(),
             members: BTreeMap::new(),
-            since: None,
             lasting: LASTING,
+            flow: Flow::default(),
+            overloaded: None,
             served: 0,
             speed: Speed::default(),
         }
     }
 
-    fn is_overloaded(&self, now: Instant) -> bool {
-        self.since.is_some_and(|since| now.saturating_duration_since(since) >= self.lasting)
+    fn is_overloaded(&self) -> bool {
+        self.overloaded.is_some()
+    }
+
+    /// Whether the signs of overload are there, or have gone.
+    fn look(&mut self, now: Instant, slots: u32) {
+        self.flow.turn(now);
+        let oldest = self.members.values().next().map(|entry| now.saturating_duration_since(entry.arrived));
+        match (self.overloaded, oldest) {
+            (_, None) => self.overloaded = None,
+            (None, Some(waited)) if waited >= self.lasting && self.flow.is_overload(slots) => self.overloaded = Some(now),
+            (Some(since), _) if now.saturating_duration_since(since) >= LASTING && !self.flow.is_overload(slots) => {
+                self.overloaded = None;
+            }
+            _ => {}
+        }
     }
 
     /// Those who sleep, in the order in which they go.
-    fn order(&self, now: Instant) -> impl Iterator<Item = (&u64, &Arc<Entry>)> {
-        let newest_first = self.is_overloaded(now);
+    fn order(&self) -> impl Iterator<Item = (&u64, &Arc<Entry>)> {
         let (oldest, newest) =
-            if newest_first { (None, Some(self.members.iter().rev())) } else { (Some(self.members.iter()), None) };
+            if self.is_overloaded() { (None, Some(self.members.iter().rev())) } else { (Some(self.members.iter()), None) };
         oldest.into_iter().flatten().chain(newest.into_iter().flatten()).filter(|(_, entry)| entry.is_asleep())
     }
 
     /// Who goes next.
-    fn next(&self, now: Instant, whom: Whom) -> Option<&Arc<Entry>> {
+    fn next(&self, whom: Whom) -> Option<&Arc<Entry>> {
         let has_passed = |entry: &Entry| matches!(whom, Whom::NotPassed(round) if entry.passed.load(Ordering::Relaxed) == round);
-        let mut order = self.order(now).map(|(_, entry)| entry).filter(|entry| !has_passed(entry));
+        let mut order = self.order().map(|(_, entry)| entry).filter(|entry| !has_passed(entry));
         let first = order.next()?;
         let Whom::RatherOf(worker) = whom else { return Some(first) };
         if worker == first.worker {
@@ -248,7 +297,7 @@ impl Row {
     }
 
     fn insert(&mut self, place: u64, entry: Arc<Entry>) {
-        self.since.get_or_insert(entry.arrived);
+        self.flow.now.arrived += 1;
         self.members.insert(place, entry);
         self.counter.fetch_add(1, Ordering::SeqCst);
     }
@@ -256,9 +305,6 @@ impl Row {
     fn remove(&mut self, place: u64) -> Option<Arc<Entry>> {
         let entry = self.members.remove(&place)?;
         self.counter.fetch_sub(1, Ordering::SeqCst);
-        if self.members.is_empty() {
-            self.since = None;
-        }
         Some(entry)
     }
 
@@ -292,7 +338,7 @@ impl Inner {
     }
 
     /// The row whose turn it is: one whose reserve is lent, then by priority, then in turn. And who goes there.
-    fn next(&self, now: Instant, whom: Whom) -> Option<(usize, &Arc<Entry>)> {
+    fn next(&self, whom: Whom) -> Option<(usize, &Arc<Entry>)> {
         let lanes = self.lanes.as_deref();
         let candidates = self.rows.iter().enumerate().filter_map(|(at, row)| {
             if row.members.is_empty() {
@@ -302,7 +348,7 @@ impl Inner {
             if lanes.is_some_and(|lanes| !lanes.may_enter(lane)) {
                 return None;
             }
-            let entry = row.next(now, whom)?;
+            let entry = row.next(whom)?;
             let rank = lanes.map(|lanes| {
                 let lane = lanes.lane(lane);
                 (lane.busy() < lane.reserve(lanes.capacity().unwrap_or(0)), lane.policy.priority)
@@ -313,8 +359,8 @@ impl Inner {
     }
 
     /// Marks the next one as chosen; it is to be notified.
-    fn choose(&mut self, now: Instant, whom: Whom) -> Option<Arc<Entry>> {
-        let (at, entry) = self.next(now, whom)?;
+    fn choose(&mut self, whom: Whom) -> Option<Arc<Entry>> {
+        let (at, entry) = self.next(whom)?;
         let entry = entry.clone();
         self.grant(at, &entry);
         Some(entry)
@@ -324,6 +370,14 @@ impl Inner {
         entry.state.store(GRANTED, Ordering::Relaxed);
         self.turn += 1;
         self.rows[at].served = self.turn;
+    }
+
+    /// Before it is decided who goes next.
+    fn look(&mut self, now: Instant) {
+        let slots = self.lanes.as_ref().and_then(|lanes| lanes.capacity()).unwrap_or(1);
+        for row in &mut self.rows {
+            row.look(now, slots);
+        }
     }
 
     fn waiting(&self) -> usize {
@@ -357,9 +411,10 @@ impl Queue {
         let mut guard = self.lock();
         let inner = &mut *guard;
         inner.follow(lanes);
+        inner.look(now);
         let (name, waiting, rows) = (lanes.lane(lane).name().clone(), inner.waiting(), inner.rows.len());
         let row = inner.row(&name);
-        let overloaded = row.is_overloaded(now);
+        let overloaded = row.is_overloaded();
         let wait = row.wait(row.members.len(), now, lanes);
         if !overloaded && let Some(wait) = wait.filter(|wait| *wait > deadline.saturating_duration_since(now)) {
             return Err(Refused::TooLate { wait });
@@ -375,7 +430,7 @@ impl Queue {
                 None
             };
             let from = from.or_else(|| inner.rows.iter().position(|row| row.lane == name && overloaded));
-            if !from.is_some_and(|at| self.evict(&mut inner.rows[at], now, EVICTED)) {
+            if !from.is_some_and(|at| self.evict(&mut inner.rows[at], EVICTED)) {
                 return Err(Refused::Full { waiting });
             }
         }
@@ -398,10 +453,11 @@ impl Queue {
     }
 
     /// The one who would go last is told that its turn does not come.
-    fn evict(&self, row: &mut Row, now: Instant, state: u8) -> bool {
-        let Some(place) = row.order(now).last().map(|(place, _)| *place) else { return false };
+    fn evict(&self, row: &mut Row, state: u8) -> bool {
+        let Some(place) = row.order().last().map(|(place, _)| *place) else { return false };
         if let Some(entry) = row.remove(place) {
             self.waiting.fetch_sub(1, Ordering::SeqCst);
+            row.flow.now.left += 1;
             entry.tell(state);
         }
         true
@@ -410,11 +466,11 @@ impl Queue {
     /// Under overload: those who have fallen so far behind that their deadline comes first.
     fn shed(&self, inner: &mut Inner, now: Instant) {
         let Some(lanes) = inner.lanes.clone() else { return };
-        for row in inner.rows.iter_mut().filter(|row| row.is_overloaded(now)) {
+        for row in inner.rows.iter_mut().filter(|row| row.is_overloaded()) {
             while let Some(oldest) = row.members.values().find(|entry| entry.is_asleep()) {
                 let left = oldest.deadline.saturating_duration_since(now);
                 let Some(wait) = row.wait(row.members.len() - 1, now, &lanes) else { break };
-                if wait <= left || !self.evict(row, now, TOO_LATE) {
+                if wait <= left || !self.evict(row, TOO_LATE) {
                     break;
                 }
             }
@@ -426,8 +482,9 @@ impl Queue {
         if self.waiting() > 0 {
             let now = Instant::now();
             let mut inner = self.lock();
+            inner.look(now);
             inner.round += 1;
-            let chosen = inner.choose(now, Whom::Anybody);
+            let chosen = inner.choose(Whom::Anybody);
             self.shed(&mut inner, now);
             drop(inner);
             if let Some(entry) = chosen {
@@ -448,9 +505,9 @@ impl Queue {
         if self.waiting() == 0 {
             return Next::Nobody;
         }
-        let now = Instant::now();
         let mut inner = self.lock();
-        let Some((at, entry)) = inner.next(now, Whom::RatherOf(worker)) else { return Next::Nobody };
+        inner.look(Instant::now());
+        let Some((at, entry)) = inner.next(Whom::RatherOf(worker)) else { return Next::Nobody };
         if entry.worker != worker {
             return Next::Elsewhere;
         }
@@ -506,7 +563,7 @@ impl Waiter {
         let mut inner = self.queue.lock();
         let round = inner.round;
         self.entry.passed.store(round, Ordering::Relaxed);
-        if let Some(entry) = inner.choose(Instant::now(), Whom::NotPassed(round)) {
+        if let Some(entry) = inner.choose(Whom::NotPassed(round)) {
             entry.wake.notify_one();
         }
     }
@@ -514,7 +571,7 @@ impl Waiter {
     /// Nobody who sleeps would go before it.
     pub fn is_next(&self) -> bool {
         let inner = self.queue.lock();
-        inner.next(Instant::now(), Whom::Anybody).is_some_and(|(_, entry)| Arc::ptr_eq(entry, &self.entry))
+        inner.next(Whom::Anybody).is_some_and(|(_, entry)| Arc::ptr_eq(entry, &self.entry))
     }
 
     /// It has its slot: leaves the queue.
@@ -527,8 +584,13 @@ impl Drop for Waiter {
     fn drop(&mut self) {
         let woken = {
             let mut inner = self.queue.lock();
-            if inner.row(&self.lane).remove(self.place).is_some() {
+            let row = inner.row(&self.lane);
+            if row.remove(self.place).is_some() {
                 self.queue.waiting.fetch_sub(1, Ordering::SeqCst);
+                match self.settled {
+                    true => row.flow.now.served += 1,
+                    false => row.flow.now.left += 1,
+                }
             }
             self.entry.state.load(Ordering::Relaxed) == GRANTED
         };

@@ -203,7 +203,7 @@ fn share(slots: u32, percent: u8, up: bool) -> u32 {
 
 impl Counts {
     fn half(now_ms: u64) -> u64 {
-        now_ms / (LENT_AFTER.as_millis() as u64 / 2) & 0xffff_ffff
+        (now_ms / (LENT_AFTER.as_millis() as u64 / 2)) & 0xffff_ffff
     }
 
     /// The numbers of this half and the one before, as of now.

@@ -133,6 +133,37 @@ async fn a_lasting_queue_goes_newest_first_and_an_empty_one_is_ordinary_again() 
     assert!(first.is_next() && !second.is_next());
 }
 
+/// As many come as are served, and everybody waits for more than a second: whoever comes first goes first, or the first would wait for ever.
+#[tokio::test(start_paused = true)]
+async fn a_long_queue_of_patient_clients_stays_in_order() {
+    let (queue, lanes) = plain();
+    let mut waiting: std::collections::VecDeque<_> = (0..20).map(|_| join(&queue, &lanes, "")).collect();
+    for _ in 0..100 {
+        // Each waits for two seconds.
+        pass(0.1).await;
+        queue.wake_one();
+        let first = waiting.pop_front().unwrap();
+        assert!(is_woken(&first));
+        first.settle();
+        waiting.push_back(join(&queue, &lanes, ""));
+    }
+    // One leaves: that is the sign that not everybody waits so long.
+    waiting.remove(10);
+    queue.wake_one();
+    assert!(is_woken(&waiting[18]));
+    waiting.pop_back().unwrap().settle();
+    // A second without another one later it is in order again.
+    for _ in 0..15 {
+        pass(0.1).await;
+        queue.wake_one();
+        let at = waiting.iter().position(is_woken).unwrap();
+        waiting.remove(at).unwrap().settle();
+        waiting.push_back(join(&queue, &lanes, ""));
+    }
+    queue.wake_one();
+    assert!(is_woken(&waiting[0]));
+}
+
 /// Workers that take long are not overloaded because somebody has waited for one.
 #[tokio::test(start_paused = true)]
 async fn what_lasts_depends_on_how_long_requests_take() {
@@ -141,9 +172,11 @@ async fn what_lasts_depends_on_how_long_requests_take() {
     let first = join(&queue, &lanes, "");
     pass(2.9).await;
     let second = join(&queue, &lanes, "");
-    assert!(first.is_next());
+    queue.wake_one();
+    first.again();
     pass(0.1).await;
-    assert!(second.is_next());
+    queue.wake_one();
+    assert_eq!(woken(&[&first, &second]), [false, true]);
 }
 
 #[tokio::test(start_paused = true)]
