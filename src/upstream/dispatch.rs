@@ -318,8 +318,8 @@ impl Dispatcher {
         // Before it is decided who is next: that may be one of the same lane.
         slot.work = None;
         let (Some(conn), Some(policy)) = (conn, &upstream.policy.lease) else { return };
-        let terms = terms(policy);
         let endpoint = slot.endpoint.clone();
+        let terms = terms(policy, endpoint.is_shared_by_replicas());
         if !endpoint.may_lease() || !Pool::<Slot>::fits(&conn, &terms, Instant::now()) {
             return;
         }
@@ -405,6 +405,10 @@ fn late(want: &Want<'_>) -> Error {
     Error::new(Kind::DeadlinePassed, format!("upstream {}: the deadline of X-Request-Timeout has passed", want.upstream))
 }
 
-fn terms(policy: &LeasePolicy) -> Terms {
-    Terms { requests: policy.requests, age: policy.age, idle: policy.idle }
+/// An idle connection holds a worker that another replica may want, and nobody here can know that.
+const IDLE_AMONG_REPLICAS: Duration = Duration::from_millis(5);
+
+fn terms(policy: &LeasePolicy, shared: bool) -> Terms {
+    let idle = if shared { policy.idle.min(IDLE_AMONG_REPLICAS) } else { policy.idle };
+    Terms { requests: policy.requests, age: policy.age, idle }
 }

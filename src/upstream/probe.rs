@@ -41,7 +41,7 @@ const ANSWER_GRACE: Duration = Duration::from_secs(1);
 const MAX_ANSWER: usize = 1024 * 1024;
 
 /// How often FPM is asked who works there, by a replica that needs more than its share. What it borrows it gives back within four answers.
-const BORROW_EVERY: Duration = Duration::from_millis(200);
+const BORROW_EVERY: Duration = Duration::from_millis(100);
 /// How often an endpoint that is not shared is looked at again.
 const SHARED_EVERY: Duration = Duration::from_secs(1);
 
@@ -296,11 +296,11 @@ impl Target {
         let own = self.endpoint.used();
         let question = Question::of_fpm(path, "json&full");
         let answer = match listen {
-            Some(address) => self.ask(address, &question, BORROW_EVERY * 2).await,
+            Some(address) => self.ask(address, &question, BORROW_EVERY * 4).await,
             None => {
                 // Where none of ours is free the question would take the place of a request.
                 let slot = self.endpoint.take_for_probe(&self.queue).await;
-                let answer = self.ask(&self.endpoint.address, &question, BORROW_EVERY).await;
+                let answer = self.ask(&self.endpoint.address, &question, BORROW_EVERY * 2).await;
                 drop(slot);
                 answer
             }

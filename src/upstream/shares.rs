@@ -70,28 +70,36 @@ pub struct Seen {
 pub struct Borrowing {
     /// What the others use, in the mean of the last answers.
     others: Option<f64>,
+    /// The part of a worker that was not left to them so far.
+    owed: f64,
 }
 
 /// The weight of the last answer: after four of them a change is seen in full.
 const LAST: f64 = 0.5;
 
 impl Borrowing {
-    /// How much may be borrowed from now on. What the others use, rounded up, is theirs, and at once all that they want where one of theirs waits.
+    /// How much may be borrowed until the next answer. What the others use is theirs: of a part of a worker they have the whole for that part of the
+    /// time, for the rest one of theirs may have to wait in FPM's backlog until the next worker is free. That one is what borrowing costs: to leave a worker
+    /// idle for it would cost more. Where more of theirs wait, or they want all of their share, they have it at once.
     pub fn seen(&mut self, share: u32, seen: Seen) -> u32 {
+        let theirs = seen.capacity.saturating_sub(share);
         let wanted = seen.active.saturating_add(seen.listen_queue).saturating_sub(seen.own);
-        let mean = self.others.map_or(f64::from(wanted), |mean| mean + LAST * (f64::from(wanted) - mean));
+        let used = if seen.listen_queue > 0 { wanted.saturating_sub(1) } else { wanted };
+        let mean = self.others.map_or(f64::from(used), |mean| mean + LAST * (f64::from(used) - mean));
         self.others = Some(mean);
-        // Not above a u32: the mean of u32s. A twentieth of a worker is nobody.
-        let mut others = (mean - 0.05).ceil().max(0.0) as u32;
-        if seen.listen_queue > 0 {
+        self.owed += mean;
+        // Not above a u32: the mean of u32s.
+        let mut others = self.owed as u32;
+        self.owed -= f64::from(others);
+        if seen.listen_queue > 1 || wanted >= theirs {
             others = others.max(wanted);
         }
-        seen.capacity.saturating_sub(share).saturating_sub(others)
+        theirs.saturating_sub(others)
     }
 
     /// Nothing is needed, or nothing is known.
     pub fn forget(&mut self) {
-        self.others = None;
+        *self = Borrowing::default();
     }
 }
 
@@ -140,12 +148,20 @@ mod tests {
         let seen = |active, listen_queue, own| Seen { capacity: 8, active, listen_queue, own };
         assert_eq!(borrowing.seen(4, seen(4, 0, 4)), 4, "the others are idle");
         assert_eq!(borrowing.seen(4, seen(8, 0, 8)), 4);
-        // Three of theirs wait: they are theirs at once.
-        assert_eq!(borrowing.seen(4, seen(8, 3, 8)), 1);
+        // One of theirs waits: that is the price. Two wait: they have them, and all when they want all.
+        assert_eq!(borrowing.seen(4, seen(8, 1, 8)), 4);
+        assert_eq!(borrowing.seen(4, seen(8, 2, 8)), 2);
+        assert_eq!(borrowing.seen(4, seen(8, 1, 5)), 0);
         // And without a queue within four answers, which is less than a second.
         let mut others = Borrowing::default();
         others.seen(4, seen(8, 0, 8));
         let after: Vec<u32> = (0..4).map(|_| others.seen(4, seen(8, 0, 4))).collect();
         assert_eq!(after.last(), Some(&0), "{after:?}");
+        // They use half a worker: every other answer leaves them one.
+        let mut half = Borrowing::default();
+        let borrowed: Vec<u32> =
+            [(8, 8), (8, 7)].repeat(20).into_iter().map(|(active, own)| half.seen(4, seen(active, 0, own))).collect();
+        let mean = f64::from(borrowed[20..].iter().sum::<u32>()) / 20.0;
+        assert!((3.4..=3.6).contains(&mean) && borrowed.iter().all(|n| *n >= 3), "{borrowed:?}");
     }
 }
