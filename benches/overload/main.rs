@@ -193,7 +193,8 @@ async fn step(pools: &Pools, script: Script, peer: Peer, percent: u32, capacity:
     // What a proxy learns it may learn before; and its first connections are made.
     let warm = Plan { address: proxy.address(), path: script.path.into(), rate: 20.0, time: Duration::from_secs(1), seed: 7 };
     load::offer(&warm, 0).await;
-    pools.idle().await;
+    // The last line is written after the answer.
+    tokio::time::sleep(Duration::from_millis(200)).await;
     pools.executions();
 
     let stop = Arc::new(AtomicBool::new(false));
@@ -215,12 +216,11 @@ async fn step(pools: &Pools, script: Script, peer: Peer, percent: u32, capacity:
         seen
     };
     let (seen, listen_queue) = tokio::join!(offered, watched);
-    pools.idle().await;
-    // The last line is written after the answer.
-    tokio::time::sleep(Duration::from_millis(50)).await;
-    let executions = pools.executions();
+    // Kept connections end with it; what FPM has in its backlog is worked off all the same.
     drop(proxy);
     pools.idle().await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let executions = pools.executions();
 
     let count = |end: End| seen.iter().filter(|one| one.end == end).count();
     let (took, in_window) =

@@ -6,7 +6,7 @@
 //! CoDel's (RFC 8289) rather than a length: somebody has waited for [`LASTING`], and meanwhile the queue has not been served, has grown, or has been left. A
 //! queue that is long and patient, such as that of a load test with a fixed number of connections, stays in order: newest first would starve the
 //! oldest of them for ever. After a second without these signs it is ordinary again. Who cannot be reached before its deadline at the rate at which workers have become free is
-//! shed: a newcomer in ordinary times, the oldest under overload.
+//! shed: a newcomer in ordinary times, the oldest under overload; and then also who has waited for nearly as long as clients do before they leave.
 //!
 //! A grant is a wake-up, not a slot: the waiter dispatches on the snapshot that is current then. So that no wake-up is lost a waiter joins
 //! first and looks for a slot afterwards, while a slot is given back first and the queue looked at afterwards; both
@@ -36,7 +36,7 @@ const LASTING_AT_MOST: Duration = Duration::from_secs(5);
 /// Of two that came within so long of each other the one goes first whose worker has the kept connection.
 const SKEW: Duration = Duration::from_millis(10);
 
-/// Finished requests before their time is evidence.
+/// Finished requests before their time is evidence, and clients that have left before theirs is.
 const ENOUGH: u64 = 8;
 /// Service times are means over at least so long, and at most twice that.
 const LONG: Duration = Duration::from_secs(10);
@@ -73,6 +73,7 @@ struct Row {
     flow: Flow,
     /// Since when it goes newest first.
     overloaded: Option<Instant>,
+    patience: Patience,
     served: u64,
     speed: Speed,
 }
@@ -210,7 +211,7 @@ struct Flow {
 struct Counts {
     arrived: u32,
     served: u32,
-    /// Shed, or left by their clients.
+    /// By their clients, or at their deadlines.
     left: u32,
 }
 
@@ -223,11 +224,43 @@ impl Flow {
         }
     }
 
+    /// A good part of those who wait does not wait to the end.
+    fn is_left(&self) -> bool {
+        let sum = |count: fn(&Counts) -> u32| count(&self.before).saturating_add(count(&self.now));
+        sum(|c| c.left) >= sum(|c| c.served) / 8
+    }
+
     /// Nobody was served, more came than were (by more than those who come again when they are), or somebody has not waited for it.
     fn is_overload(&self, slots: u32) -> bool {
         let sum = |count: fn(&Counts) -> u32| count(&self.before).saturating_add(count(&self.now));
         let (arrived, served, left) = (sum(|c| c.arrived), sum(|c| c.served), sum(|c| c.left));
         served == 0 || left > 0 || arrived > served.saturating_add(served / 20).saturating_add(slots)
+    }
+}
+
+/// After how long clients leave: nobody says, but it can be seen.
+#[derive(Debug, Default)]
+struct Patience {
+    mean: Duration,
+    seen: u64,
+    last: Option<Instant>,
+}
+
+/// What was seen is believed for so long.
+const BELIEVED: Duration = Duration::from_secs(60);
+
+impl Patience {
+    fn left(&mut self, now: Instant, waited: Duration) {
+        if self.last.is_none_or(|last| now.saturating_duration_since(last) >= BELIEVED) {
+            *self = Patience { mean: waited, ..Patience::default() };
+        }
+        self.mean = self.mean.mul_f64(0.875) + waited.mul_f64(0.125);
+        (self.seen, self.last) = (self.seen + 1, Some(now));
+    }
+
+    fn known(&self, now: Instant) -> Option<Duration> {
+        let is_known = self.seen >= ENOUGH && now.saturating_duration_since(self.last?) < BELIEVED;
+        is_known.then_some(self.mean)
     }
 }
 
@@ -250,6 +283,7 @@ impl Row {
             lasting: LASTING,
             flow: Flow::default(),
             overloaded: None,
+            patience: Patience::default(),
             served: 0,
             speed: Speed::default(),
         }
@@ -457,7 +491,6 @@ impl Queue {
         let Some(place) = row.order().last().map(|(place, _)| *place) else { return false };
         if let Some(entry) = row.remove(place) {
             self.waiting.fetch_sub(1, Ordering::SeqCst);
-            row.flow.now.left += 1;
             entry.tell(state);
         }
         true
@@ -467,10 +500,16 @@ impl Queue {
     fn shed(&self, inner: &mut Inner, now: Instant) {
         let Some(lanes) = inner.lanes.clone() else { return };
         for row in inner.rows.iter_mut().filter(|row| row.is_overloaded()) {
+            // Where clients leave, whoever has waited for two fifths of that time gets an answer instead: it would hardly see the one that it waits for. Not
+            // earlier than a row takes to be overloaded, whatever some clients pretend.
+            let longest = row.patience.known(now).map(|mean| mean.mul_f64(0.4).max(row.lasting.mul_f64(0.8)));
             while let Some(oldest) = row.members.values().find(|entry| entry.is_asleep()) {
                 let left = oldest.deadline.saturating_duration_since(now);
-                let Some(wait) = row.wait(row.members.len() - 1, now, &lanes) else { break };
-                if wait <= left || !self.evict(row, TOO_LATE) {
+                let waited = now.saturating_duration_since(oldest.arrived);
+                let ahead = row.members.len() - 1;
+                let is_late = longest.is_some_and(|longest| waited >= longest)
+                    || row.wait(ahead, now, &lanes).is_some_and(|wait| wait > left);
+                if !is_late || !self.evict(row, TOO_LATE) {
                     break;
                 }
             }
@@ -587,9 +626,15 @@ impl Drop for Waiter {
             let row = inner.row(&self.lane);
             if row.remove(self.place).is_some() {
                 self.queue.waiting.fetch_sub(1, Ordering::SeqCst);
-                match self.settled {
-                    true => row.flow.now.served += 1,
-                    false => row.flow.now.left += 1,
+                let now = Instant::now();
+                if self.settled {
+                    row.flow.now.served += 1;
+                } else {
+                    row.flow.now.left += 1;
+                    // Of those that are served after as long as that nobody can say that they do not wait for it.
+                    if now < self.entry.deadline && row.flow.is_left() {
+                        row.patience.left(now, now.saturating_duration_since(self.entry.arrived));
+                    }
                 }
             }
             self.entry.state.load(Ordering::Relaxed) == GRANTED

@@ -231,6 +231,31 @@ async fn under_overload_the_oldest_are_told_that_they_would_come_too_late() {
     assert!(waiting[8].is_next());
 }
 
+/// Clients leave after two seconds: who has waited for nearly one under overload is told, rather than served when it leaves.
+#[tokio::test(start_paused = true)]
+async fn how_long_clients_wait_is_learned_from_those_that_leave() {
+    let (queue, lanes) = plain();
+    let mut waiting: Vec<_> = (0..10).map(|_| join(&queue, &lanes, "")).collect();
+    pass(2.0).await;
+    let newest = join(&queue, &lanes, "");
+    drop(waiting.drain(..7));
+    queue.wake_one();
+    assert!(is_woken(&newest));
+    assert_eq!(queue.waiting(), 4, "seven may be chance");
+    waiting.pop();
+    queue.wake_one();
+    assert_eq!(waiting[0].told().await, Wake::TooLate);
+    assert!(is_woken(&waiting[1]), "there was a slot for one of them");
+    // The next ones have 0.8 s.
+    let next = join(&queue, &lanes, "");
+    pass(0.7).await;
+    let _another = join(&queue, &lanes, "");
+    assert_ne!(next.entry.state.load(Ordering::Relaxed), TOO_LATE);
+    pass(0.1).await;
+    let _last = join(&queue, &lanes, "");
+    assert_eq!(next.told().await, Wake::TooLate);
+}
+
 /// A pool that has just begun is slow for a moment: that is not taken for what it will be.
 #[tokio::test(start_paused = true)]
 async fn what_was_slow_once_is_not_evidence_against_what_is_quick_now() {
