@@ -9,7 +9,8 @@
 //! beyond memory to [`http::spill`]), then it is dispatched.
 //!
 //! [`upstream::dispatch`] looks at the current [`upstream::snapshot`] in [`upstream::store`] and takes, in one step, a lease, a slot or a
-//! place in the queue ([`upstream::admission`]). [`fastcgi::exchange`] speaks with FPM in records ([`fastcgi::record`]), parameters
+//! place in the queue ([`upstream::admission`]), as far as its lane has room ([`upstream::lanes`]) and other replicas leave it
+//! ([`upstream::shares`]). [`fastcgi::exchange`] speaks with FPM in records ([`fastcgi::record`]), parameters
 //! ([`fastcgi::params`]) and heads ([`fastcgi::response`]). A small answer goes back at once; a larger one through [`http::pipe`].
 //! The connection is parked ([`fastcgi::pool`]) or closed; if the client has left, [`fastcgi::reaper`] reads on until FPM has
 //! finished. [`http::inflight`] notes the end.

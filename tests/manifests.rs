@@ -301,6 +301,22 @@ fn php_pods_end_after_their_requests_and_are_selected_by_their_services() {
         assert_eq!(service["spec"]["selector"], deployment["template"]["metadata"]["labels"]);
         assert_eq!(service["metadata"]["annotations"]["slackwater.dev/fpm-workers"], number("pm.max_children").to_string());
         assert_eq!(service["spec"]["ports"][0]["name"], "fpm");
+        // It scales by what waits and runs, and applying the file again does not undo that.
+        assert!(deployment["replicas"].is_null());
+        let scaler = &find(&objects, "HorizontalPodAutoscaler", &format!("php-{colour}"))["spec"];
+        assert_eq!(scaler["scaleTargetRef"]["name"], format!("php-{colour}"));
+        let metric = &scaler["metrics"][0]["external"]["metric"];
+        assert_eq!(metric["name"], "slackwater_upstream_saturation_if_active");
+        assert_eq!(metric["selector"]["matchLabels"], json!({ "upstream": "php", "set": colour }));
+        let rules = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/install.md")).unwrap();
+        assert!(rules.contains("- record: slackwater_upstream_saturation_if_active"), "the metric comes from nowhere");
+        // Asked on the port that FPM listens on, and that the edge may reach.
+        let set = config.upstreams["php"].sets.iter().find(|set| &*set.name == colour).unwrap();
+        assert_eq!(set.status_listen.as_ref().unwrap().to_string(), format!("0.0.0.0:{}", number("pm.status_listen")));
+    }
+    let open = &find(&objects, "NetworkPolicy", "php")["spec"]["ingress"][0]["ports"];
+    for port in [number("listen"), number("pm.status_listen")] {
+        assert!(open.as_array().unwrap().iter().any(|rule| rule["port"] == port), "port {port} is closed");
     }
     let php = find(&objects, "Service", "php");
     assert!(php["spec"]["selector"].is_null() && php["metadata"]["annotations"].is_null(), "applying it again must turn nothing");

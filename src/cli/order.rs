@@ -99,6 +99,10 @@ fn table(status: &Value) -> String {
             let seconds = turn["seconds"].as_f64().unwrap_or_default();
             out += &format!("  set {} drains since {seconds:.1} s\n", text(&turn["from"]));
         }
+        for (lane, of) in upstream["lanes"].as_object().unwrap_or(&empty) {
+            let limit = of["limit"].as_u64().map_or_else(String::new, |n| format!(" of {n}"));
+            out += &format!("  lane {lane}: busy {}{limit}, waiting {}\n", of["busy"], of["waiting"]);
+        }
         for (set_name, set) in upstream["sets"].as_object().unwrap_or(&empty) {
             let saturation = set["saturation"].as_f64().map_or_else(|| "not known".to_owned(), |s| format!("{:.0}%", s * 100.0));
             let age = match set["known_age_seconds"].as_f64() {
@@ -106,7 +110,14 @@ fn table(status: &Value) -> String {
                 Some(0.0) => String::new(),
                 Some(age) => format!(", known {age:.0} s ago, see warnings"),
             };
-            out += &format!("  set {set_name}: usable {}, saturation {saturation}{age}\n", set["usable"]);
+            let share = match (set["replicas"].as_u64(), set["oversubscribed"].as_u64()) {
+                (Some(all), Some(too_many)) if all > 1 => {
+                    let over = if too_many > 0 { format!(", {too_many} requests more than its workers") } else { String::new() };
+                    format!(", {} of {} workers for this one of {all} replicas{over}", set["share"], set["capacity"])
+                }
+                _ => String::new(),
+            };
+            out += &format!("  set {set_name}: usable {}, saturation {saturation}{share}{age}\n", set["usable"]);
             for e in set["endpoints"].as_array().into_iter().flatten() {
                 let capacity = e["capacity"].as_u64().map_or_else(|| "?".to_owned(), |n| n.to_string());
                 let line = format!(
