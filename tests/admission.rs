@@ -200,7 +200,7 @@ impl World {
         }
         assert_eq!(upstream.queue.waiting(), self.waiting.len(), "places in the queue");
         assert!(self.waiting.len() <= 6, "more wait than may");
-        for lane in upstream.lanes.named() {
+        for (_, lane) in upstream.lanes.named() {
             let at = LANES.iter().position(|name| *name == &**lane.name()).unwrap();
             assert_eq!(lane.busy(), self.busy(at), "lane {:?}", LANES[at]);
             assert_eq!(lane.waiting(), self.waiting.iter().filter(|w| w.lane == at).count(), "lane {:?}", LANES[at]);
@@ -269,7 +269,7 @@ proptest! {
             let upstream = world.upstream();
             assert_eq!(upstream.queue.waiting(), 0);
             assert!(upstream.active.endpoints.iter().all(|e| e.used() == 0));
-            assert!(upstream.lanes.named().iter().all(|lane| lane.busy() == 0 && lane.waiting() == 0));
+            assert!(upstream.lanes.named().all(|(_, lane)| lane.busy() == 0 && lane.waiting() == 0));
         });
     }
 }

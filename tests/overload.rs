@@ -83,6 +83,13 @@ async fn ordinary_queues_are_first_in_first_out_and_lasting_ones_newest_first() 
     for request in requests {
         assert_eq!(request.await.unwrap().0.status, 200);
     }
+    proxy.wait_for_log("newest first from now on", Duration::from_secs(10)).await;
+    let over = eventually("overload is over", async || {
+        let upstream = proxy.status().await["upstreams"]["php"].clone();
+        if upstream["overloaded"] == false { Ok(proxy.log_text()) } else { Err(upstream.to_string()) }
+    })
+    .await;
+    assert!(over.contains("overload is over"), "{over}");
     let order: Vec<String> = fpm.requests().iter().map(|r| r.uri().replace("/index.php?", "")).collect();
     let mut expected = vec!["held".to_owned(), "a".into(), "b".into()];
     expected.extend((1..=n).rev().map(|n| format!("later{n}")));

@@ -33,7 +33,7 @@ use support::{process::Slackwater, real_fpm::RealFpm};
 /// Percent of what the two pods can do.
 pub const LOADS: [u32; 6] = [50, 100, 150, 200, 300, 500];
 pub const WORKERS: usize = 4;
-/// Not counted into goodput: until then the queues fill.
+/// Not counted into goodput and latency: until then the queues fill.
 const WARM_UP: Duration = Duration::from_secs(2);
 
 /// What the scripts do with their time.
@@ -223,22 +223,23 @@ async fn step(pools: &Pools, script: Script, peer: Peer, percent: u32, capacity:
     let executions = pools.executions();
 
     let count = |end: End| seen.iter().filter(|one| one.end == end).count();
-    let (took, in_window) =
-        (answered(&seen), seen.iter().filter(|one| one.end == End::Answered && (WARM_UP..time).contains(&one.ended)).count());
+    // While the load lasts: neither its first moments, in which the queues fill, nor what is worked off behind it.
+    let in_window: Vec<Seen> = seen.iter().copied().filter(|one| (WARM_UP..time).contains(&one.ended)).collect();
+    let took = answered(&in_window);
     Step {
         script: script.name.into(),
         peer: peer.name().into(),
         percent,
         capacity,
         offered: seen.len(),
-        goodput: in_window as f64 / (time - WARM_UP).as_secs_f64(),
+        goodput: took.len() as f64 / (time - WARM_UP).as_secs_f64(),
         p50_ms: percentile(&took, 0.5),
         p99_ms: percentile(&took, 0.99),
         refused: count(End::Refused),
         failed: count(End::Failed),
         gave_up: count(End::GaveUp),
         executions: executions.len(),
-        dead: executions.len().saturating_sub(took.len()),
+        dead: executions.len().saturating_sub(count(End::Answered)),
         late: executions.iter().filter(|(_, deadline, began)| began > deadline).count(),
         listen_queue,
     }

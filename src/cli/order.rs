@@ -91,7 +91,8 @@ fn table(status: &Value) -> String {
     let empty = serde_json::Map::new();
     for (name, upstream) in status["upstreams"].as_object().unwrap_or(&empty) {
         let (active, by) = (text(&upstream["active"]), text(&upstream["active_by"]));
-        out += &format!("\nupstream {name}: active {active} (by {by}), queued {}\n", upstream["queued"]);
+        let overloaded = if upstream["overloaded"] == true { ", OVERLOADED" } else { "" };
+        out += &format!("\nupstream {name}: active {active} (by {by}), queued {}{overloaded}\n", upstream["queued"]);
         if let Some(why) = upstream["refused"].as_str() {
             out += &format!("  annotation {} NOT FOLLOWED: {why}\n", text(&upstream["annotation"]));
         }
@@ -101,7 +102,11 @@ fn table(status: &Value) -> String {
         }
         for (lane, of) in upstream["lanes"].as_object().unwrap_or(&empty) {
             let limit = of["limit"].as_u64().map_or_else(String::new, |n| format!(" of {n}"));
-            out += &format!("  lane {lane}: busy {}{limit}, waiting {}\n", of["busy"], of["waiting"]);
+            let kept = match of["reserve"].as_u64() {
+                Some(reserve) if reserve > 0 => format!(", reserve {reserve}, kept free now {}", of["kept_free"]),
+                _ => String::new(),
+            };
+            out += &format!("  lane {lane}: busy {}{limit}, waiting {}{kept}\n", of["busy"], of["waiting"]);
         }
         for (set_name, set) in upstream["sets"].as_object().unwrap_or(&empty) {
             let saturation = set["saturation"].as_f64().map_or_else(|| "not known".to_owned(), |s| format!("{:.0}%", s * 100.0));
@@ -113,15 +118,23 @@ fn table(status: &Value) -> String {
             let share = match (set["replicas"].as_u64(), set["oversubscribed"].as_u64()) {
                 (Some(all), Some(too_many)) if all > 1 => {
                     let over = if too_many > 0 { format!(", {too_many} requests more than its workers") } else { String::new() };
-                    format!(", {} of {} workers for this one of {all} replicas{over}", set["share"], set["capacity"])
+                    format!(" by this one of {all} replicas, which may use {} of {} workers{over}", set["share"], set["capacity"])
                 }
                 _ => String::new(),
             };
             out += &format!("  set {set_name}: usable {}, saturation {saturation}{share}{age}\n", set["usable"]);
             for e in set["endpoints"].as_array().into_iter().flatten() {
                 let capacity = e["capacity"].as_u64().map_or_else(|| "?".to_owned(), |n| n.to_string());
+                // Of several replicas each has its part.
+                let part = match (e["share"].as_u64(), e["borrowed"].as_u64()) {
+                    (Some(share), Some(borrowed)) if e["share"] != e["capacity"] => {
+                        let borrowed = if borrowed > 0 { format!(" and {borrowed} borrowed") } else { String::new() };
+                        format!("{share}{borrowed} of {capacity}")
+                    }
+                    _ => capacity,
+                };
                 let line = format!(
-                    "    {:<28} {:<9} busy {} parked {} of {capacity} {}",
+                    "    {:<28} {:<9} busy {} parked {} of {part} {}",
                     text(&e["address"]),
                     text(&e["state"]),
                     e["busy"],

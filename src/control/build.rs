@@ -61,7 +61,7 @@ pub fn build(config: &Config, before: &Before<'_>) -> Result<Snapshot, String> {
             Some(old) if *old.policy == from_file.policy => old.policy.clone(),
             _ => Arc::new(from_file.policy.clone()),
         };
-        let queue: Arc<Queue> = old.map_or_else(Arc::default, |o| o.queue.clone());
+        let queue = old.map_or_else(|| Arc::new(Queue::new(name.clone())), |o| o.queue.clone());
         let lanes = match old.filter(|old| Arc::ptr_eq(&old.activation, &activation)) {
             Some(old) if Arc::ptr_eq(&old.policy, &policy) => old.lanes.clone(),
             same => Lanes::new(&policy.lanes, &queue, same.map(|old| &*old.lanes)),

@@ -79,8 +79,8 @@ pub struct Told {
     pub turning: BTreeMap<u64, Turning>,
     /// What keeps the state file from being written.
     pub unsaved: Option<String>,
-    /// This replica's number among all that serve, and how many these are; `None` where nobody says.
-    pub replicas: Option<(usize, usize)>,
+    /// Which replica this is; `None` where nobody says.
+    pub replicas: Option<replicas::Place>,
     /// Why the process is not ready yet.
     pub waiting_for: Vec<String>,
 }

@@ -64,16 +64,25 @@ pub fn ready<'a>(slices: impl IntoIterator<Item = &'a EndpointSlice>, ops_port: 
     all
 }
 
+/// Which replica this is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// From 0.
+    pub own: usize,
+    pub all: usize,
+    pub is_listed: bool,
+}
+
 /// The number of this replica among all that serve, those that are terminating included, and how many these are. One that does not stand in the slices yet
 /// counts itself as the last.
-pub fn place<'a>(slices: impl IntoIterator<Item = &'a EndpointSlice>, is_own: impl Fn(IpAddr) -> bool) -> (usize, usize) {
+pub fn place<'a>(slices: impl IntoIterator<Item = &'a EndpointSlice>, is_own: impl Fn(IpAddr) -> bool) -> Place {
     // Whatever its ports: a pod is one replica.
     let found = slices::merge_any(slices, 1);
     let mut ips: Vec<IpAddr> = found.keys().filter_map(|address| address.ip()).collect();
     ips.sort_unstable();
     match ips.iter().position(|ip| is_own(*ip)) {
-        Some(own) => (own, ips.len()),
-        None => (ips.len(), ips.len() + 1),
+        Some(own) => Place { own, all: ips.len(), is_listed: true },
+        None => Place { own: ips.len(), all: ips.len() + 1, is_listed: false },
     }
 }
 
@@ -212,8 +221,11 @@ mod tests {
     #[test]
     fn each_replica_has_a_number_and_one_that_is_not_listed_is_the_last() {
         let slices = [slice(serde_json::json!([{ "name": "http", "port": 8080 }]))];
-        let own = |n: u8| place(&slices, |ip| ip == IpAddr::from([10, 0, 0, n]));
-        assert_eq!([1, 2, 4, 3].map(own), [(0, 3), (1, 3), (2, 3), (3, 4)]);
+        let own = |n: u8| {
+            let Place { own, all, is_listed } = place(&slices, |ip| ip == IpAddr::from([10, 0, 0, n]));
+            (own, all, is_listed)
+        };
+        assert_eq!([1, 2, 4, 3].map(own), [(0, 3, true), (1, 3, true), (2, 3, true), (3, 4, false)]);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::Control;
+use super::{Control, replicas::Place};
 use crate::{
     telemetry::metrics::{Gauges, SetGauge, UpstreamGauge},
     upstream::{Endpoint, Set, dispatch::now_ms, lanes::Lanes, shares},
@@ -25,9 +25,9 @@ pub fn status(control: &Control) -> Value {
                     let value = json!({
                         "saturation": saturation(set, queued),
                         "usable": set.usable(now_ms()),
-                        "capacity": set.capacity(),
-                        "share": set.share(),
-                        "replicas": told.replicas.map(|(_, all)| all),
+                        "capacity": set.capacity(now_ms()),
+                        "share": set.share(now_ms()),
+                        "replicas": told.replicas.map(|place| place.all),
                         "oversubscribed": oversubscribed(set, told.replicas),
                         "known_age_seconds": known_age(control, set),
                         "endpoints": endpoints,
@@ -48,6 +48,7 @@ pub fn status(control: &Control) -> Value {
                 "refused": told.refused.get(name),
                 "draining": draining,
                 "queued": queued,
+                "overloaded": upstream.queue.is_overloaded(),
                 "lanes": lanes(&upstream.lanes),
                 "sets": sets,
             });
@@ -55,9 +56,30 @@ pub fn status(control: &Control) -> Value {
         })
         .collect();
     let refused = told.refused.iter().map(|(name, reason)| format!("upstream {name}: annotation not followed: {reason}"));
+    let several = told.replicas.is_some_and(|place| place.all > 1);
+    let idle_lanes =
+        snapshot.upstreams.values().filter(|u| !u.retired && (several || !u.lanes.is_plain())).filter_map(|upstream| {
+            let unknown = upstream.active.endpoints.iter().find(|endpoint| endpoint.capacity().is_none())?;
+            let what =
+                if upstream.lanes.is_plain() { "they are not shared with the other replicas" } else { "lanes have no effect" };
+            Some(format!(
+                "upstream {}: the workers of {} are not known: nothing is queued, and {what}",
+                upstream.name, unknown.address
+            ))
+        });
+    let endpoints = snapshot.upstreams.values().filter(|u| !u.retired).flat_map(|u| u.sets.values()).flat_map(|s| &s.endpoints);
+    let not_asked = endpoints.filter_map(|endpoint| match endpoint.status_problem() {
+        why if why.is_empty() => None,
+        why => Some(format!("FPM's status cannot be asked at {}: {why}", endpoint.address)),
+    });
     // What has just come up before what the file has said from the start.
-    let warnings: Vec<String> =
-        refused.chain(told.cluster.iter().cloned()).chain(told.unsaved.clone()).chain(told.warnings.iter().cloned()).collect();
+    let warnings: Vec<String> = refused
+        .chain(idle_lanes)
+        .chain(not_asked)
+        .chain(told.cluster.iter().cloned())
+        .chain(told.unsaved.clone())
+        .chain(told.warnings.iter().cloned())
+        .collect();
     json!({
         "instance": *control.instance,
         "phase": control.phase.get().name(),
@@ -100,11 +122,11 @@ fn endpoint(endpoint: &Endpoint) -> Value {
 fn lanes(lanes: &Lanes) -> Value {
     let slots = lanes.capacity();
     let of = |workers: u32| slots.map(|slots| workers.min(slots));
-    let named = lanes.named().iter().map(|lane| {
+    let named = lanes.named().map(|(at, lane)| {
         let all = slots.unwrap_or(u32::MAX);
         let value = json!({
             "busy": lane.busy(), "waiting": lane.waiting(), "priority": lane.policy.priority,
-            "limit": of(lane.limit(all)), "reserve": of(lane.reserve(all)), "kept_free": of(lane.kept(all)),
+            "limit": of(lane.limit(all)), "reserve": of(lanes.reserve(at, all)), "kept_free": of(lanes.kept(at, all)),
         });
         (lane.name().to_string(), value)
     });
@@ -112,8 +134,9 @@ fn lanes(lanes: &Lanes) -> Value {
 }
 
 /// By how many requests at once the replicas together may overrun the set, because each keeps one slot; 0 where there is one for each.
-fn oversubscribed(set: &Set, replicas: Option<(usize, usize)>) -> Option<u32> {
-    Some(shares::oversubscribed(set.capacity()?, replicas.map_or(1, |(_, all)| all)))
+fn oversubscribed(set: &Set, replicas: Option<Place>) -> Option<u32> {
+    let capacity = set.capacity(now_ms()).filter(|c| *c > 0)?;
+    Some(shares::oversubscribed(capacity, replicas.map_or(1, |place| place.all)))
 }
 
 /// 0 for what stands in the file or is being watched; `None`: Kubernetes has told nothing yet.
@@ -126,7 +149,7 @@ fn known_age(control: &Control, set: &Set) -> Option<f64> {
 
 /// Busy and queued over capacity; `None` where a capacity is not known.
 fn saturation(set: &Set, queued: usize) -> Option<f64> {
-    let capacity = set.capacity().filter(|c| *c > 0)?;
+    let capacity = set.capacity(now_ms()).filter(|c| *c > 0)?;
     let busy: u32 = set.endpoints.iter().map(|e| e.busy()).sum();
     let queued = u32::try_from(queued).unwrap_or(u32::MAX);
     Some((f64::from(busy) + f64::from(queued)) / f64::from(capacity))
@@ -148,8 +171,8 @@ pub fn gauges(control: &Control, memory: u64, disk: u64) -> Gauges {
                     SetGauge {
                         name: set.name().clone(),
                         active,
-                        capacity: set.capacity().map(u64::from),
-                        share: set.share().map(u64::from),
+                        capacity: set.capacity(now_ms()).map(u64::from),
+                        share: set.share(now_ms()).map(u64::from),
                         busy: set.endpoints.iter().map(|e| u64::from(e.busy())).sum(),
                         parked: set.endpoints.iter().map(|e| u64::from(e.parked())).sum(),
                         usable: set.usable(now_ms()) as u64,
@@ -161,7 +184,8 @@ pub fn gauges(control: &Control, memory: u64, disk: u64) -> Gauges {
             UpstreamGauge {
                 name: upstream.name.clone(),
                 queued: queued as u64,
-                lanes: upstream.lanes.named().iter().map(|l| (l.name().clone(), u64::from(l.busy()), l.waiting() as u64)).collect(),
+                overloaded: upstream.queue.is_overloaded(),
+                lanes: upstream.lanes.named().map(|(_, l)| (l.name().clone(), u64::from(l.busy()), l.waiting() as u64)).collect(),
                 sets,
                 refused: refused.contains_key(&upstream.name),
             }

@@ -1,6 +1,6 @@
 //! A request for PHP: its body is read whole, it is dispatched, perhaps tried once more, and held on to until FPM has finished.
 
-use std::{path::Path, rc::Rc, time::Duration};
+use std::{path::Path, rc::Rc, sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use http::{Method, Response, StatusCode, header, request::Parts};
@@ -90,7 +90,8 @@ pub async fn forward(worker: &Rc<Worker>, php: &Php<'_>, incoming: Incoming) -> 
             deadline: php.deadline,
             lane: php.route.lane.as_deref(),
         };
-        let mut waiting = Waiting { metrics: &worker.sinks.metrics, upstream, since: Instant::now(), ended: None };
+        let mut waiting =
+            Waiting { metrics: &worker.sinks.metrics, record: php.record, upstream, since: Instant::now(), ended: None };
         let acquired = worker.dispatcher.acquire(&want).await;
         waiting.ended = Some(acquired.as_ref().map(|ticket| ticket.waited).map_err(|none| none.kind));
         drop(waiting);
@@ -145,7 +146,8 @@ pub async fn forward(worker: &Rc<Worker>, php: &Php<'_>, incoming: Incoming) -> 
 /// Counts how long a request has waited and why it has waited in vain, also where its client has left.
 struct Waiting<'a> {
     metrics: &'a Shard,
-    upstream: &'a str,
+    record: &'a Record,
+    upstream: &'a Arc<str>,
     since: Instant,
     /// `None`: the client has left.
     ended: Option<Result<Duration, Kind>>,
@@ -160,7 +162,11 @@ impl Drop for Waiting<'_> {
         match self.ended {
             None => self.metrics.expired(self.upstream, Kind::ClientLeft.cause()),
             Some(Err(kind @ (Kind::QueueTimeout | Kind::DeadlinePassed))) => self.metrics.expired(self.upstream, kind.cause()),
+            Some(Err(Kind::NoEndpoint)) if !waited.is_zero() => self.metrics.expired(self.upstream, Kind::NoEndpoint.cause()),
             _ => {}
+        }
+        if !matches!(self.ended, Some(Ok(_))) {
+            self.record.not_dispatched(self.upstream, waited);
         }
         if !waited.is_zero() {
             self.metrics.queue_wait(self.upstream, waited);

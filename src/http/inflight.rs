@@ -92,6 +92,13 @@ impl Record {
         way.dispatched = Some(Instant::now());
     }
 
+    /// It has got no worker after so long.
+    pub fn not_dispatched(&self, upstream: &Arc<str>, waited: Duration) {
+        let way = &mut *self.way.borrow_mut();
+        way.upstream = Some(upstream.clone());
+        way.queued = Some(waited);
+    }
+
     /// Between two attempts it holds nothing.
     pub fn undispatched(&self) {
         self.activation.set(0);

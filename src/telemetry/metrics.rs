@@ -85,6 +85,8 @@ metrics! {
         "Requests of this replica, running and queued, over the set's workers: above 1 they wait. The sum over the replicas is the load of the set. Absent where the capacity is not known.";
     SHARE = Gauge "slackwater_upstream_share" ["upstream", "set"]
         "FPM workers of the set that this replica may use now: its own share and what it has borrowed; absent where the capacity is not known.";
+    OVERLOADED = Gauge "slackwater_upstream_overloaded" ["upstream"]
+        "1 while any of its lanes goes newest first or has shed requests within the last seconds, else 0.";
     LANE_BUSY = Gauge "slackwater_upstream_lane_busy" ["upstream", "lane"] "Requests of the lane that run now.";
     LANE_WAITING = Gauge "slackwater_upstream_lane_waiting" ["upstream", "lane"] "Requests of the lane that wait for a worker now.";
     USABLE = Gauge "slackwater_upstream_endpoints_usable" ["upstream", "set"] "Endpoints that may be given requests.";
@@ -119,6 +121,7 @@ pub struct UpstreamGauge {
     pub name: Arc<str>,
     pub queued: u64,
     pub sets: Vec<SetGauge>,
+    pub overloaded: bool,
     /// Name, running, waiting.
     pub lanes: Vec<(Arc<str>, u64, u64)>,
     /// Its annotation is not followed.
@@ -484,8 +487,10 @@ impl Scrape {
 
     fn set_rows(&self, name: &str, out: &mut Rows<'_>) -> fmt::Result {
         for upstream in &self.gauges.upstreams {
-            if name == REFUSED.name {
-                out.gauge(&[&*upstream.name], u64::from(upstream.refused))?;
+            match name {
+                name if name == REFUSED.name => out.gauge(&[&*upstream.name], u64::from(upstream.refused))?,
+                name if name == OVERLOADED.name => out.gauge(&[&*upstream.name], u64::from(upstream.overloaded))?,
+                _ => {}
             }
             for (lane, busy, waiting) in &upstream.lanes {
                 match name {

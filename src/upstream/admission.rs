@@ -44,6 +44,8 @@ const RECENT: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Default)]
 pub struct Queue {
+    /// The upstream's, for the log.
+    name: Arc<str>,
     /// Everybody between join and settle, woken or not: while it is above 0 a newcomer joins.
     waiting: AtomicUsize,
     inner: Mutex<Inner>,
@@ -73,6 +75,7 @@ struct Row {
     flow: Flow,
     /// Since when it goes newest first.
     overloaded: Option<Instant>,
+    trouble: Trouble,
     patience: Patience,
     served: u64,
     speed: Speed,
@@ -93,6 +96,7 @@ const ASLEEP: u8 = 0;
 const GRANTED: u8 = 1;
 const EVICTED: u8 = 2;
 const TOO_LATE: u8 = 3;
+const IMPATIENT: u8 = 4;
 
 impl Entry {
     fn is_asleep(&self) -> bool {
@@ -133,6 +137,8 @@ pub enum Wake {
     Evicted,
     /// Its turn cannot come before its deadline.
     TooLate,
+    /// It has waited for nearly as long as clients do.
+    Impatient,
 }
 
 /// What a request that has ended does with its kept connection.
@@ -199,9 +205,10 @@ impl Speed {
     }
 }
 
-/// What has become of a row within the last half of a second to a second.
-#[derive(Debug, Default)]
+/// What has become of a row lately: within the last half of `span` to all of it, which is a second, or the time in which four are served where that is longer.
+#[derive(Debug)]
 struct Flow {
+    span: Duration,
     turned: Option<Instant>,
     before: Counts,
     now: Counts,
@@ -215,11 +222,17 @@ struct Counts {
     left: u32,
 }
 
+impl Default for Flow {
+    fn default() -> Self {
+        Flow { span: LASTING, turned: None, before: Counts::default(), now: Counts::default() }
+    }
+}
+
 impl Flow {
     fn turn(&mut self, now: Instant) {
         let age = self.turned.map_or(Duration::MAX, |turned| now.saturating_duration_since(turned));
-        if age >= LASTING / 2 {
-            self.before = if age >= LASTING { Counts::default() } else { self.now };
+        if age >= self.span / 2 {
+            self.before = if age >= self.span { Counts::default() } else { self.now };
             (self.now, self.turned) = (Counts::default(), Some(now));
         }
     }
@@ -227,14 +240,45 @@ impl Flow {
     /// A good part of those who wait does not wait to the end.
     fn is_left(&self) -> bool {
         let sum = |count: fn(&Counts) -> u32| count(&self.before).saturating_add(count(&self.now));
-        sum(|c| c.left) >= sum(|c| c.served) / 8
+        sum(|c| c.left) >= 2 && sum(|c| c.left).saturating_mul(8) >= sum(|c| c.served)
     }
 
-    /// Nobody was served, more came than were (by more than those who come again when they are), or somebody has not waited for it.
+    /// Nobody was served, more came than were (by more than those who come again when they are), or a good part has not waited for it.
     fn is_overload(&self, slots: u32) -> bool {
         let sum = |count: fn(&Counts) -> u32| count(&self.before).saturating_add(count(&self.now));
-        let (arrived, served, left) = (sum(|c| c.arrived), sum(|c| c.served), sum(|c| c.left));
-        served == 0 || left > 0 || arrived > served.saturating_add(served / 20).saturating_add(slots)
+        let (arrived, served) = (sum(|c| c.arrived), sum(|c| c.served));
+        served == 0 || self.is_left() || arrived > served.saturating_add(served / 20).saturating_add(slots)
+    }
+}
+
+/// Overload and shedding as the log tells them: when they begin, and when they are over.
+#[derive(Debug, Default)]
+struct Trouble {
+    since: Option<Instant>,
+    last: Option<Instant>,
+    shed: u64,
+}
+
+/// Nobody was shed for so long: it is over.
+const QUIET: Duration = Duration::from_secs(5);
+
+impl Trouble {
+    fn begins(&mut self, now: Instant, upstream: &str, lane: &str, waiting: usize, what: &str) {
+        self.last = Some(now);
+        if self.since.is_none() {
+            self.since = Some(now);
+            tracing::warn!(upstream, lane, waiting, what, "overload");
+        }
+    }
+
+    fn may_end(&mut self, now: Instant, upstream: &str, lane: &str) {
+        if let (Some(since), Some(last)) = (self.since, self.last)
+            && now.saturating_duration_since(last) >= QUIET
+        {
+            let lasted = last.saturating_duration_since(since);
+            tracing::info!(upstream, lane, ?lasted, shed = self.shed, "overload is over");
+            *self = Trouble::default();
+        }
     }
 }
 
@@ -283,6 +327,7 @@ impl Row {
             lasting: LASTING,
             flow: Flow::default(),
             overloaded: None,
+            trouble: Trouble::default(),
             patience: Patience::default(),
             served: 0,
             speed: Speed::default(),
@@ -293,18 +338,30 @@ impl Row {
         self.overloaded.is_some()
     }
 
-    /// Whether the signs of overload are there, or have gone.
-    fn look(&mut self, now: Instant, slots: u32) {
+    /// Whether the signs of overload are there, or have gone. Where nobody is usable (`slots` 0) there is nothing to be in time for.
+    fn look(&mut self, now: Instant, slots: u32, upstream: &str) {
         self.flow.turn(now);
         let oldest = self.members.values().next().map(|entry| now.saturating_duration_since(entry.arrived));
         match (self.overloaded, oldest) {
-            (_, None) => self.overloaded = None,
-            (None, Some(waited)) if waited >= self.lasting && self.flow.is_overload(slots) => self.overloaded = Some(now),
-            (Some(since), _) if now.saturating_duration_since(since) >= LASTING && !self.flow.is_overload(slots) => {
+            (None, Some(oldest)) if slots > 0 && oldest >= self.lasting && self.flow.is_overload(slots) => {
+                self.overloaded = Some(now);
+                self.trouble.begins(now, upstream, &self.lane, self.members.len(), "newest first from now on");
+            }
+            (Some(_), None) => self.overloaded = None,
+            (Some(since), _) if now.saturating_duration_since(since) >= self.flow.span && !self.flow.is_overload(slots) => {
                 self.overloaded = None;
             }
             _ => {}
         }
+        if self.overloaded.is_none() {
+            self.trouble.may_end(now, upstream, &self.lane);
+        }
+    }
+
+    fn count_shed(&mut self, now: Instant, upstream: &str) {
+        self.trouble.begins(now, upstream, &self.lane, self.members.len(), "who cannot be served in time gets 503");
+        self.trouble.shed += 1;
+        self.trouble.last = Some(now);
     }
 
     /// Those who sleep, in the order in which they go.
@@ -345,11 +402,14 @@ impl Row {
     /// After how long the one with `ahead` others before it gets a slot; `None`: not known.
     fn wait(&mut self, ahead: usize, now: Instant, lanes: &Lanes) -> Option<Duration> {
         let lane = lanes.lane(lanes.find(Some(&self.lane)));
-        let slots = lane.limit(lanes.capacity()?).min(lanes.capacity()?);
+        // Where nobody is usable it is not known when somebody will be.
+        let all = lanes.capacity().filter(|slots| *slots > 0)?;
+        let slots = f64::from(lane.limit(all).min(all));
         let time = self.speed.service_time(now, lane.done())?;
         self.lasting = (time * 2).clamp(LASTING, LASTING_AT_MOST);
+        self.flow.span = time.mul_f64(4.0 / slots).clamp(LASTING, LONG);
         // Half of one is left of those that run.
-        Some(time.mul_f64((ahead as f64 + 0.5) / f64::from(slots.max(1))))
+        Some(time.mul_f64((ahead as f64 + 0.5) / slots))
     }
 }
 
@@ -384,8 +444,9 @@ impl Inner {
             }
             let entry = row.next(whom)?;
             let rank = lanes.map(|lanes| {
+                let reserve = lanes.reserve(lane, lanes.capacity().unwrap_or(0));
                 let lane = lanes.lane(lane);
-                (lane.busy() < lane.reserve(lanes.capacity().unwrap_or(0)), lane.policy.priority)
+                (lane.busy() < reserve, lane.policy.priority)
             });
             Some(((rank, Reverse(row.served)), at, entry))
         });
@@ -407,10 +468,10 @@ impl Inner {
     }
 
     /// Before it is decided who goes next.
-    fn look(&mut self, now: Instant) {
-        let slots = self.lanes.as_ref().and_then(|lanes| lanes.capacity()).unwrap_or(1);
+    fn look(&mut self, now: Instant, upstream: &str) {
+        let slots = self.lanes.as_ref().and_then(|lanes| lanes.capacity()).unwrap_or(0);
         for row in &mut self.rows {
-            row.look(now, slots);
+            row.look(now, slots, upstream);
         }
     }
 
@@ -420,6 +481,10 @@ impl Inner {
 }
 
 impl Queue {
+    pub fn new(upstream: Arc<str>) -> Self {
+        Queue { name: upstream, ..Queue::default() }
+    }
+
     pub fn waiting(&self) -> usize {
         self.waiting.load(Ordering::SeqCst)
     }
@@ -438,19 +503,30 @@ impl Queue {
         self.lock().follow(lanes);
     }
 
+    /// So many slots are there for its lanes.
+    pub(super) fn tell_capacity(&self, slots: Option<u32>) {
+        if let Some(lanes) = &self.lock().lanes {
+            lanes.tell_capacity(slots);
+        }
+    }
+
     /// Takes a place in the lane's row, or says why there is none. Under overload it may be that of the one who has waited longest.
     pub fn join(self: &Arc<Self>, lanes: &Arc<Lanes>, lane: usize, arrival: Arrival) -> Result<Waiter, Refused> {
         let Arrival { worker, max, deadline } = arrival;
         let now = Instant::now();
         let mut guard = self.lock();
         let inner = &mut *guard;
-        inner.follow(lanes);
-        inner.look(now);
+        // Later ones come with their snapshot: a worker may still have an older one in its hands.
+        if inner.lanes.is_none() {
+            inner.follow(lanes);
+        }
+        inner.look(now, &self.name);
         let (name, waiting, rows) = (lanes.lane(lane).name().clone(), inner.waiting(), inner.rows.len());
         let row = inner.row(&name);
         let overloaded = row.is_overloaded();
         let wait = row.wait(row.members.len(), now, lanes);
         if !overloaded && let Some(wait) = wait.filter(|wait| *wait > deadline.saturating_duration_since(now)) {
+            row.count_shed(now, &self.name);
             return Err(Refused::TooLate { wait });
         }
         if waiting >= max {
@@ -464,7 +540,8 @@ impl Queue {
                 None
             };
             let from = from.or_else(|| inner.rows.iter().position(|row| row.lane == name && overloaded));
-            if !from.is_some_and(|at| self.evict(&mut inner.rows[at], EVICTED)) {
+            if !from.is_some_and(|at| self.evict(&mut inner.rows[at], now, EVICTED)) {
+                inner.row(&name).count_shed(now, &self.name);
                 return Err(Refused::Full { waiting });
             }
         }
@@ -487,10 +564,13 @@ impl Queue {
     }
 
     /// The one who would go last is told that its turn does not come.
-    fn evict(&self, row: &mut Row, state: u8) -> bool {
-        let Some(place) = row.order().last().map(|(place, _)| *place) else { return false };
+    fn evict(&self, row: &mut Row, now: Instant, state: u8) -> bool {
+        let mut asleep = row.members.iter().filter(|(_, entry)| entry.is_asleep());
+        let last = if row.is_overloaded() { asleep.next() } else { asleep.next_back() };
+        let Some(place) = last.map(|(place, _)| *place) else { return false };
         if let Some(entry) = row.remove(place) {
             self.waiting.fetch_sub(1, Ordering::SeqCst);
+            row.count_shed(now, &self.name);
             entry.tell(state);
         }
         true
@@ -500,16 +580,19 @@ impl Queue {
     fn shed(&self, inner: &mut Inner, now: Instant) {
         let Some(lanes) = inner.lanes.clone() else { return };
         for row in inner.rows.iter_mut().filter(|row| row.is_overloaded()) {
-            // Where clients leave, whoever has waited for two fifths of that time gets an answer instead: it would hardly see the one that it waits for. Not
-            // earlier than a row takes to be overloaded, whatever some clients pretend.
+            // Where clients leave, whoever has waited for two fifths of that time gets an answer instead: it would hardly see the one that it waits for. Never
+            // much earlier than a row takes to be overloaded, whatever some clients pretend.
             let longest = row.patience.known(now).map(|mean| mean.mul_f64(0.4).max(row.lasting.mul_f64(0.8)));
             while let Some(oldest) = row.members.values().find(|entry| entry.is_asleep()) {
                 let left = oldest.deadline.saturating_duration_since(now);
                 let waited = now.saturating_duration_since(oldest.arrived);
                 let ahead = row.members.len() - 1;
-                let is_late = longest.is_some_and(|longest| waited >= longest)
-                    || row.wait(ahead, now, &lanes).is_some_and(|wait| wait > left);
-                if !is_late || !self.evict(row, TOO_LATE) {
+                let why = match row.wait(ahead, now, &lanes) {
+                    Some(wait) if wait > left => TOO_LATE,
+                    _ if longest.is_some_and(|longest| waited >= longest) => IMPATIENT,
+                    _ => break,
+                };
+                if !self.evict(row, now, why) {
                     break;
                 }
             }
@@ -521,7 +604,7 @@ impl Queue {
         if self.waiting() > 0 {
             let now = Instant::now();
             let mut inner = self.lock();
-            inner.look(now);
+            inner.look(now, &self.name);
             inner.round += 1;
             let chosen = inner.choose(Whom::Anybody);
             self.shed(&mut inner, now);
@@ -545,7 +628,7 @@ impl Queue {
             return Next::Nobody;
         }
         let mut inner = self.lock();
-        inner.look(Instant::now());
+        inner.look(Instant::now(), &self.name);
         let Some((at, entry)) = inner.next(Whom::RatherOf(worker)) else { return Next::Nobody };
         if entry.worker != worker {
             return Next::Elsewhere;
@@ -553,6 +636,14 @@ impl Queue {
         let entry = entry.clone();
         inner.grant(at, &entry);
         Next::Here(Chosen(entry))
+    }
+
+    /// Whether any lane goes newest first, or has refused requests within the last seconds.
+    pub fn is_overloaded(&self) -> bool {
+        let mut inner = self.lock();
+        // Who has left the queue empty has not looked.
+        inner.look(Instant::now(), &self.name);
+        inner.rows.iter().any(|row| row.trouble.since.is_some())
     }
 
     /// After how long a newcomer would have its turn, for Retry-After; `None`: not known.
@@ -584,6 +675,7 @@ impl Waiter {
                 ASLEEP => {}
                 GRANTED => return Wake::Granted,
                 EVICTED => return Wake::Evicted,
+                IMPATIENT => return Wake::Impatient,
                 _ => return Wake::TooLate,
             }
         }
@@ -632,9 +724,14 @@ impl Drop for Waiter {
                 } else {
                     row.flow.now.left += 1;
                     // Of those that are served after as long as that nobody can say that they do not wait for it.
-                    if now < self.entry.deadline && row.flow.is_left() {
-                        row.patience.left(now, now.saturating_duration_since(self.entry.arrived));
+                    let waited = now.saturating_duration_since(self.entry.arrived);
+                    // Who leaves early says nothing about those who wait for longer.
+                    if now < self.entry.deadline && waited >= row.lasting && row.flow.is_left() {
+                        row.patience.left(now, waited);
                     }
+                }
+                if row.members.is_empty() {
+                    row.overloaded = None;
                 }
             }
             self.entry.state.load(Ordering::Relaxed) == GRANTED

@@ -120,8 +120,11 @@ impl Dispatcher {
             Err(NoTicket::Full(upstream)) => (upstream, false),
             Err(NoTicket::NoEndpoint(upstream)) => (upstream, true),
         };
-        let what = if none { "no usable endpoint" } else { "all workers are busy" };
-        let exhausted = |kind| Error::new(kind, format!("upstream {}: {what}", want.upstream));
+        let came = Instant::now();
+        let exhausted = |kind| {
+            let what = if kind == Kind::NoEndpoint { "no usable endpoint" } else { "no worker is free for it" };
+            Error::new(kind, format!("upstream {}{}: {what}", want.upstream, of_lane(want)))
+        };
         let policy = upstream.policy.queue;
         let Some(max) = policy.max else { return Err(exhausted(if none { Kind::NoEndpoint } else { Kind::QueueFull })) };
         // Nobody comes back for a request that everybody has refused.
@@ -134,7 +137,7 @@ impl Dispatcher {
         let name = upstream.lanes.lane(lane).name().clone();
         let refused = |kind, why: String| {
             let wait = queue.expected_wait(&name).unwrap_or_default();
-            Error::new(kind, format!("upstream {}: {why}", want.upstream)).retry_after(wait)
+            Error::new(kind, format!("upstream {}{}: {why}", want.upstream, of_lane(want))).retry_after(wait)
         };
         // Of one lane nobody has asked so far.
         upstream.tell_lanes(now_ms());
@@ -157,12 +160,13 @@ impl Dispatcher {
         drop(upstream);
 
         if is_next && let Ok(ticket) = self.dispatch(want, false) {
-            return Ok(self.settle(waiter, ticket, want.since));
+            return Ok(self.settle(waiter, ticket, came));
         }
-        let expired = || match none {
-            true => exhausted(Kind::NoEndpoint),
-            false if deadline < timeout => late(want),
-            false => refused(Kind::QueueTimeout, what.to_owned()),
+        // Pods come and go meanwhile.
+        let expired = || match self.has_endpoint(want) {
+            false => exhausted(Kind::NoEndpoint),
+            true if deadline < timeout => late(want),
+            true => refused(Kind::QueueTimeout, format!("no worker became free for it in {:?}", policy.timeout)),
         };
         let sleep = tokio::time::sleep_until(deadline);
         tokio::pin!(sleep);
@@ -178,28 +182,44 @@ impl Dispatcher {
                 Wake::TooLate => {
                     return Err(refused(Kind::QueueTooLong, "its turn would come after its deadline".to_owned()));
                 }
+                Wake::Impatient => {
+                    let why = "it has waited for nearly as long as clients do before they leave".to_owned();
+                    return Err(refused(Kind::QueueTooLong, why));
+                }
             }
             // Woken late: nobody waits for it any more.
             if deadline <= Instant::now() {
                 return Err(expired());
             }
             if let Ok(ticket) = self.dispatch(want, false) {
-                return Ok(self.settle(waiter, ticket, want.since));
+                return Ok(self.settle(waiter, ticket, came));
             }
             waiter.again();
             // A slot given back between the look and `again` woke nobody.
             match self.dispatch(want, false) {
-                Ok(ticket) => return Ok(self.settle(waiter, ticket, want.since)),
-                Err(NoTicket::NoEndpoint(_)) if !want.refused.is_empty() => return Err(exhausted(Kind::NoEndpoint)),
+                Ok(ticket) => return Ok(self.settle(waiter, ticket, came)),
+                Err(NoTicket::NoEndpoint(_)) if !want.refused.is_empty() => {
+                    waiter.pass_on();
+                    return Err(exhausted(Kind::NoEndpoint));
+                }
                 // A wake-up that is kept by one who cannot use it stops everybody behind.
                 Err(NoTicket::Full(upstream)) if upstream.has_free_slot() => waiter.pass_on(),
+                // It may have been for one that is parked elsewhere.
+                Err(NoTicket::Full(upstream)) => self.ask_for_leases(&upstream.active),
                 Err(_) => {}
             }
         }
     }
 
-    fn settle(&self, waiter: Waiter, mut ticket: Ticket, since: Instant) -> Ticket {
-        ticket.waited = since.elapsed();
+    /// Whether there is one that it might have, busy or not.
+    fn has_endpoint(&self, want: &Want<'_>) -> bool {
+        let snapshot = self.store.load();
+        let of = snapshot.upstreams.get(want.upstream).map(|upstream| &upstream.active.endpoints);
+        of.is_some_and(|all| all.iter().any(|e| !e.is_disabled() && !e.is_cold() && !want.refused.contains(&e.id)))
+    }
+
+    fn settle(&self, waiter: Waiter, mut ticket: Ticket, came: Instant) -> Ticket {
+        ticket.waited = came.elapsed();
         waiter.settle();
         // A wake-up may have come for another slot than the one taken.
         ticket.upstream.wake_for_free_slots();
@@ -232,7 +252,11 @@ impl Dispatcher {
         if newcomer && upstream.queue.waiting() > 0 && lanes.must_wait(lane) {
             return Err(NoTicket::Full(upstream.clone()));
         }
-        let work = lanes.enter(lane).ok_or_else(|| NoTicket::Full(upstream.clone()))?;
+        // Of one lane all have room.
+        let work = match lanes.is_plain() {
+            true => None,
+            false => Some(lanes.enter(lane).ok_or_else(|| NoTicket::Full(upstream.clone()))?),
+        };
         let turn = self.turn.get();
         self.turn.set(turn.wrapping_add(1));
 
@@ -257,15 +281,19 @@ impl Dispatcher {
                 load(index).usable.then(|| self.slot_of(set, index, want, upstream))?
             }),
             Balance::HashAddress | Balance::HashCookie(_) => set.ring.as_ref().and_then(|ring| {
-                // The ring repeats itself; each endpoint is looked at once at the most.
-                ring.order(want.key).take(count * 4).filter(|i| load(*i).usable).find_map(|i| self.slot_of(set, i, want, upstream))
+                // The ring repeats itself, so that some part of it may be one endpoint's alone: then the others in their order.
+                let order = ring.order(want.key).take(count * 4).chain(0..count);
+                order.into_iter().filter(|i| load(*i).usable).find_map(|i| self.slot_of(set, i, want, upstream))
             }),
         };
         let Some((mut slot, conn)) = taken else {
-            work.undone();
+            if let Some(work) = work {
+                work.undone();
+            }
             return Err(NoTicket::Full(upstream.clone()));
         };
-        slot.work = Some(work);
+        // Where nobody waits the time that it takes tells nothing.
+        slot.work = work.or_else(|| slot.endpoint.limit().and_then(|_| lanes.enter(lane)));
         Ok(Ticket { slot, upstream: Hold::new(upstream.clone()), set: set.clone(), conn, waited: Duration::ZERO })
     }
 
@@ -399,6 +427,10 @@ fn move_to_least_busy(
         Some(better) => (better, None),
         None => (slot, None),
     }
+}
+
+fn of_lane(want: &Want<'_>) -> String {
+    want.lane.map_or_else(String::new, |lane| format!(", lane {lane}"))
 }
 
 fn late(want: &Want<'_>) -> Error {

@@ -5,7 +5,7 @@
 //! share the pod, users' requests get its `share` of the workers and what it may borrow ([`super::shares`]).
 
 use std::{
-    cell::Cell,
+    collections::VecDeque,
     sync::{Arc, PoisonError, Weak, atomic::AtomicBool},
     time::Duration,
 };
@@ -58,9 +58,11 @@ pub struct Endpoint {
     cold: AtomicBool,
     /// How its preflight stands, in words.
     preflight: Mutex<String>,
-    /// Probes that wait for the next slot that is given back.
+    /// Why FPM's status cannot be asked; empty where it can or nobody does.
+    status_problem: Mutex<String>,
+    /// Probes that wait for the next slot that is given back, and how many.
+    probes: Mutex<VecDeque<Arc<Notify>>>,
     probes_waiting: AtomicU32,
-    probe_granted: Notify,
     /// Milliseconds of the last answer to a user: a ping is skipped while there are any.
     pub last_answer_ms: AtomicU64,
     /// Queues of further upstreams that name this address.
@@ -91,8 +93,9 @@ impl Endpoint {
             pods: AtomicU32::new(0),
             cold: AtomicBool::new(false),
             preflight: Mutex::default(),
+            status_problem: Mutex::default(),
             probes_waiting: AtomicU32::new(0),
-            probe_granted: Notify::new(),
+            probes: Mutex::default(),
             last_answer_ms: AtomicU64::new(0),
             shared_with: Mutex::new(Vec::new()),
             is_shared: AtomicBool::new(false),
@@ -297,6 +300,20 @@ impl Endpoint {
         self.update_health(now_ms, |health| health.preflight = preflight);
     }
 
+    pub fn status_problem(&self) -> String {
+        self.status_problem.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// True if that is news.
+    pub(super) fn set_status_problem(&self, why: &str) -> bool {
+        let mut known = self.status_problem.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_news = *known != why;
+        if is_news {
+            why.clone_into(&mut known);
+        }
+        is_news
+    }
+
     /// Why it is not usable; empty where nothing is to be said.
     pub fn reason(&self, now_ms: u64) -> String {
         if self.is_disabled() {
@@ -368,28 +385,34 @@ impl Endpoint {
                 return slot;
             }
             // Joined, then looked again, as a waiter of the queue does.
-            self.probes_waiting.fetch_add(1, Ordering::SeqCst);
-            let waiting = ProbeWaits { endpoint: self, queue, granted: Cell::new(false) };
+            let mut turn = ProbeTurn::join(self, queue);
             if let Some(slot) = self.try_take_for_probe(queue) {
                 return slot;
             }
-            self.probe_granted.notified().await;
-            waiting.granted.set(true);
+            turn.granted.notified().await;
             if let Some(slot) = self.try_take_for_probe(queue) {
+                turn.taken = true;
                 return slot;
             }
         }
     }
 
-    /// One waiting probe less; false if there was none.
-    fn one_probe_less(&self) -> bool {
-        update(&self.probes_waiting, |n| n.checked_sub(1)).is_some()
+    fn lock_probes(&self) -> MutexGuard<'_, VecDeque<Arc<Notify>>> {
+        self.probes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn release(&self, queue: &Queue) {
         self.used.fetch_sub(1, Ordering::SeqCst);
-        if self.one_probe_less() {
-            self.probe_granted.notify_one();
+        self.offer(queue);
+    }
+
+    /// There is a slot: for a probe that waits, else for the queues.
+    fn offer(&self, queue: &Queue) {
+        if self.probes_waiting.load(Ordering::SeqCst) > 0
+            && let Some(probe) = self.lock_probes().pop_front()
+        {
+            self.probes_waiting.fetch_sub(1, Ordering::SeqCst);
+            probe.notify_one();
             return;
         }
         queue.wake_one();
@@ -405,17 +428,35 @@ impl Endpoint {
 }
 
 /// A probe that waits. However it ends (a reload may abort it), a slot that was kept for it does not stay unoffered.
-struct ProbeWaits<'a> {
+struct ProbeTurn<'a> {
     endpoint: &'a Endpoint,
     queue: &'a Queue,
-    granted: Cell<bool>,
+    granted: Arc<Notify>,
+    /// It has the slot that it was granted.
+    taken: bool,
 }
 
-impl Drop for ProbeWaits<'_> {
+impl<'a> ProbeTurn<'a> {
+    fn join(endpoint: &'a Endpoint, queue: &'a Queue) -> Self {
+        let granted = Arc::new(Notify::new());
+        endpoint.lock_probes().push_back(granted.clone());
+        endpoint.probes_waiting.fetch_add(1, Ordering::SeqCst);
+        ProbeTurn { endpoint, queue, granted, taken: false }
+    }
+}
+
+impl Drop for ProbeTurn<'_> {
     fn drop(&mut self) {
-        let was_waiting = !self.granted.get() && self.endpoint.one_probe_less();
-        if !was_waiting && self.endpoint.has_free_slot() {
-            self.queue.wake_one();
+        let mut waiting = self.endpoint.lock_probes();
+        if let Some(at) = waiting.iter().position(|other| Arc::ptr_eq(other, &self.granted)) {
+            waiting.remove(at);
+            self.endpoint.probes_waiting.fetch_sub(1, Ordering::SeqCst);
+            return;
+        }
+        drop(waiting);
+        // Granted, and not used: for the next one, if it is there still.
+        if !self.taken && self.endpoint.used() < self.endpoint.capacity().unwrap_or(WHOLE) {
+            self.endpoint.offer(self.queue);
         }
     }
 }

@@ -21,6 +21,9 @@ const UNLIMITED: u32 = u32::MAX;
 /// What a lane has used at once within this time stays free for it, up to its reserve; the rest is lent.
 pub const LENT_AFTER: Duration = Duration::from_secs(60);
 
+/// No request counts for more.
+const LONGEST: Duration = Duration::from_secs(10);
+
 /// The lanes of an upstream. The first is that of requests that name none.
 #[derive(Debug)]
 pub struct Lanes {
@@ -76,9 +79,9 @@ impl Lanes {
         self.lanes.len() == 1
     }
 
-    /// Those that the configuration names.
-    pub fn named(&self) -> &[Lane] {
-        &self.lanes[1..]
+    /// Those that the configuration names, and their places.
+    pub fn named(&self) -> impl Iterator<Item = (usize, &Lane)> {
+        self.lanes.iter().enumerate().skip(1)
     }
 
     /// The place of a lane; a name that is not there (a reload has removed it) counts as none.
@@ -103,15 +106,37 @@ impl Lanes {
         Some(self.capacity.load(Ordering::Relaxed)).filter(|slots| *slots != UNLIMITED)
     }
 
-    /// What the reserves of the other lanes leave to this one, at least one slot: so somebody without a reserve is always at work or may be, and
-    /// when that ends whoever waits is looked at again.
+    /// The workers that are a lane's own: its percentage rounded up, and of all reserves together at most all slots but one, so that the others
+    /// are never left with nothing. Who stands first in the file has the first of it.
+    pub fn reserve(&self, at: usize, slots: u32) -> u32 {
+        if slots == UNLIMITED {
+            return 0;
+        }
+        let mut left = slots.saturating_sub(1);
+        let mut reserve = 0;
+        for lane in &self.lanes[..=at] {
+            reserve = share(slots, lane.policy.reserve, true).min(lane.limit(slots)).min(left);
+            left -= reserve;
+        }
+        reserve
+    }
+
+    /// What of its reserve is not to be lent now.
+    pub fn kept(&self, at: usize, slots: u32) -> u32 {
+        let lane = &self.lanes[at];
+        match self.reserve(at, slots) {
+            0 => 0,
+            reserve => reserve.min(lane.counts.recent(now_ms())).saturating_sub(lane.busy()),
+        }
+    }
+
+    /// What the reserves of the other lanes leave to this one. Somebody runs, or may; when that ends whoever waits is looked at again.
     fn room(&self, at: usize, slots: u32) -> u32 {
         if slots == UNLIMITED {
             return UNLIMITED;
         }
-        let others = self.lanes.iter().enumerate().filter(|(other, _)| *other != at);
-        let kept: u32 = others.map(|(_, lane)| lane.kept(slots)).fold(0, u32::saturating_add);
-        slots.saturating_sub(kept).max(1)
+        let others = (0..self.lanes.len()).filter(|other| *other != at);
+        slots.saturating_sub(others.map(|other| self.kept(other, slots)).fold(0, u32::saturating_add)).max(1)
     }
 
     /// Whether a request of this lane may have a free slot. A look: `enter` decides.
@@ -121,7 +146,7 @@ impl Lanes {
         }
         let (slots, lane) = (self.capacity.load(Ordering::SeqCst), &self.lanes[at]);
         let busy = lane.busy();
-        busy < lane.limit(slots) && (busy < lane.reserve(slots) || self.total.load(Ordering::SeqCst) < self.room(at, slots))
+        busy < lane.limit(slots) && (busy < self.reserve(at, slots) || self.total.load(Ordering::SeqCst) < self.room(at, slots))
     }
 
     /// One request more at work, if its lane has room. It has no slot by that yet.
@@ -134,7 +159,7 @@ impl Lanes {
         let limit = lane.limit(slots);
         let before = update(&lane.counts.busy, |busy| (busy < limit).then(|| busy + 1))?;
         // What is its own it has whatever the others do.
-        let room = if before < lane.reserve(slots) { u32::MAX } else { self.room(at, slots) };
+        let room = if before < self.reserve(at, slots) { u32::MAX } else { self.room(at, slots) };
         if update(&self.total, |total| (total < room).then(|| total.saturating_add(1))).is_none() {
             lane.counts.busy.fetch_sub(1, Ordering::SeqCst);
             return None;
@@ -173,19 +198,6 @@ impl Lane {
             100.. => UNLIMITED,
             _ if slots == UNLIMITED => UNLIMITED,
             percent => share(slots, percent, false).max(1),
-        }
-    }
-
-    /// The workers that are its own, rounded up.
-    pub fn reserve(&self, slots: u32) -> u32 {
-        if slots == UNLIMITED { 0 } else { share(slots, self.policy.reserve, true).min(self.limit(slots)) }
-    }
-
-    /// What of its reserve is not to be lent now.
-    pub fn kept(&self, slots: u32) -> u32 {
-        match self.reserve(slots) {
-            0 => 0,
-            reserve => reserve.min(self.counts.recent(now_ms())).saturating_sub(self.busy()),
         }
     }
 
@@ -261,7 +273,8 @@ impl Drop for Work {
         if self.counted {
             let counts = &self.lanes.lanes[self.lane].counts;
             counts.finished.fetch_add(1, Ordering::Relaxed);
-            let spent = u64::try_from(self.began.elapsed().as_micros()).unwrap_or(u64::MAX);
+            // A stream that was open for hours says nothing about the next request.
+            let spent = u64::try_from(self.began.elapsed().min(LONGEST).as_micros()).unwrap_or(u64::MAX);
             counts.spent_us.fetch_add(spent, Ordering::Relaxed);
         }
         self.leave();

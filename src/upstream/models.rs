@@ -95,7 +95,7 @@ impl Pool {
 
     fn is_idle(&self) {
         assert_eq!((self.endpoint.used(), self.queue.waiting()), (0, 0));
-        assert!(self.lanes.named().iter().all(|lane| lane.busy() == 0 && lane.waiting() == 0));
+        assert!(self.lanes.named().all(|(_, lane)| lane.busy() == 0 && lane.waiting() == 0));
     }
 }
 

@@ -174,10 +174,9 @@ async fn probe(target: Target, set: Arc<Set>, question: Option<Result<Question, 
     let listen = set.config.status_listen.as_ref().map(|listen| listen.at(&target.endpoint.address));
     let status = async {
         let Some(path) = &set.config.status_path else { return };
-        let mut told = false;
         let mut settling = SETTLE_ASKS;
         loop {
-            let known = target.status(path, listen.as_ref(), set.config.ping.is_none(), &mut told).await;
+            let known = target.status(path, listen.as_ref(), set.config.ping.is_none()).await;
             settling = if known { settling.saturating_sub(1) } else { SETTLE_ASKS };
             tokio::time::sleep(match (known, settling) {
                 (false, _) => STATUS_RETRY,
@@ -215,7 +214,7 @@ async fn probe(target: Target, set: Arc<Set>, question: Option<Result<Question, 
         let Some(path) = &set.config.status_path else { return };
         let mut borrowing = Borrowing::default();
         loop {
-            target.borrow(path, listen.as_ref(), &mut borrowing).await;
+            target.borrow(path, listen.as_ref(), &set, &mut borrowing).await;
             let shared = target.endpoint.is_shared_by_replicas();
             tokio::time::sleep(if shared { BORROW_EVERY } else { SHARED_EVERY }).await;
         }
@@ -237,7 +236,7 @@ impl Target {
     }
 
     /// Whether the question was answered. Where the set has no ping, the answer also says whether the endpoint is alive.
-    async fn status(&self, path: &str, listen: Option<&Address>, decides: bool, told: &mut bool) -> bool {
+    async fn status(&self, path: &str, listen: Option<&Address>, decides: bool) -> bool {
         let result = match listen {
             // A listener of its own: no worker answers, no slot is needed.
             Some(address) => self.ask_fpm(address, path, "json&full").await,
@@ -249,11 +248,23 @@ impl Target {
             }
         };
         let answered = result.is_ok();
+        let problem = match &result {
+            Ok((200, _)) => String::new(),
+            Ok((code, _)) => format!("{path} answers {code}: is pm.status_path configured in FPM?"),
+            Err(why) => why.clone(),
+        };
+        // With every retry the same would be said again.
+        if self.endpoint.set_status_problem(&problem) {
+            let asked = listen.unwrap_or(&self.endpoint.address);
+            if problem.is_empty() {
+                tracing::info!(endpoint = %self.endpoint.address, %asked, "FPM's status answers again");
+            } else {
+                let lost = "its workers cannot be learned, nor borrowed from other replicas";
+                tracing::warn!(endpoint = %self.endpoint.address, %asked, path, why = problem, lost, "FPM's status cannot be asked");
+            }
+        }
         if let Ok((code, body)) = &result {
             let capacity = static_workers(body);
-            if *code != 200 && !std::mem::replace(told, true) {
-                tracing::warn!(endpoint = %self.endpoint.address, path, code, "status_path is not configured in FPM; its capacity stays unknown");
-            }
             if self.learns_capacity && !self.endpoint.is_told_capacity() && *code == 200 && self.endpoint.capacity() != capacity {
                 tracing::info!(endpoint = %self.endpoint.address, ?capacity, "capacity from FPM's status (pm = static)");
                 self.endpoint.set_capacity(capacity);
@@ -267,9 +278,10 @@ impl Target {
     }
 
     /// Asks FPM what nobody uses, where that is needed, and borrows it; gives back what is not needed any more.
-    async fn borrow(&self, path: &str, listen: Option<&Address>, borrowing: &mut Borrowing) {
+    async fn borrow(&self, path: &str, listen: Option<&Address>, set: &Set, borrowing: &mut Borrowing) {
         let endpoint = &self.endpoint;
         let needed = endpoint.is_shared_by_replicas()
+            && endpoint.used() >= endpoint.share()
             && (self.queue.waiting() > 0 || endpoint.borrowed() > 0 && endpoint.used() > endpoint.share());
         let seen = match (needed, endpoint.capacity()) {
             (true, Some(capacity)) => self.seen(path, listen, capacity).await,
@@ -286,6 +298,7 @@ impl Target {
         if borrowed != before {
             tracing::debug!(endpoint = %endpoint.address, share = endpoint.share(), borrowed, ?seen, "workers of other replicas");
             endpoint.set_borrowed(borrowed);
+            self.queue.tell_capacity(set.share(now_ms()));
             for _ in before..borrowed {
                 self.queue.wake_one();
             }
@@ -293,7 +306,7 @@ impl Target {
     }
 
     async fn seen(&self, path: &str, listen: Option<&Address>, capacity: u32) -> Option<Seen> {
-        let own = self.endpoint.used();
+        let mut own = self.endpoint.used();
         let question = Question::of_fpm(path, "json&full");
         let answer = match listen {
             Some(address) => self.ask(address, &question, BORROW_EVERY * 4).await,
@@ -301,6 +314,8 @@ impl Target {
                 // Where none of ours is free the question would take the place of a request.
                 let slot = self.endpoint.take_for_probe(&self.queue).await;
                 let answer = self.ask(&self.endpoint.address, &question, BORROW_EVERY * 2).await;
+                // The worker that answers is at work as well, on a slot of ours.
+                own = own.max(self.endpoint.used());
                 drop(slot);
                 answer
             }

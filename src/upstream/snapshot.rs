@@ -99,14 +99,22 @@ impl Set {
         !self.endpoints.is_empty() && self.endpoints.iter().all(|e| e.health().preflight == Preflight::GaveUp)
     }
 
-    /// The workers of all endpoints; `None` where one is not known.
-    pub fn capacity(&self) -> Option<u32> {
-        self.endpoints.iter().try_fold(0_u32, |sum, endpoint| Some(sum.saturating_add(endpoint.capacity()?)))
+    /// The endpoints whose workers count: those that are usable, and where none is all that are allowed, as dispatch has it.
+    pub fn counted(&self, now_ms: u64) -> impl Iterator<Item = &Arc<Endpoint>> {
+        let allowed = |e: &Endpoint| !e.is_disabled() && !e.is_cold();
+        let usable = self.endpoints.iter().any(|e| e.is_usable(now_ms) && allowed(e));
+        let staying = self.endpoints.iter().any(|e| allowed(e) && !e.is_leaving());
+        self.endpoints.iter().filter(move |e| allowed(e) && (!usable || e.is_usable(now_ms)) && !(staying && e.is_leaving()))
     }
 
-    /// The slots that this replica may use of all endpoints; `None` where a capacity is not known.
-    pub fn share(&self) -> Option<u32> {
-        self.endpoints.iter().try_fold(0_u32, |sum, endpoint| Some(sum.saturating_add(endpoint.limit()?)))
+    /// Their workers; `None` where a number is not known.
+    pub fn capacity(&self, now_ms: u64) -> Option<u32> {
+        self.counted(now_ms).try_fold(0_u32, |sum, endpoint| Some(sum.saturating_add(endpoint.capacity()?)))
+    }
+
+    /// The slots of them that this replica may use; `None` where a number is not known.
+    pub fn share(&self, now_ms: u64) -> Option<u32> {
+        self.counted(now_ms).try_fold(0_u32, |sum, endpoint| Some(sum.saturating_add(endpoint.limit()?)))
     }
 
     pub fn has(&self, endpoint: u64) -> bool {

@@ -123,11 +123,12 @@ impl super::snapshot::Upstream {
         if self.queue.waiting() == 0 {
             return;
         }
-        self.tell_lanes(now_ms());
+        let now = now_ms();
+        self.tell_lanes(now);
+        // Of those that nobody may use slots may be free for ever.
         let free = self
             .active
-            .endpoints
-            .iter()
+            .counted(now)
             .map(|e| e.free_slots().map_or(usize::MAX, |free| usize::try_from(free).unwrap_or(usize::MAX)))
             .fold(0, usize::saturating_add);
         self.queue.wake(free);
@@ -135,16 +136,10 @@ impl super::snapshot::Upstream {
 
     /// How many slots there are for the lanes to share: those of the usable endpoints, as dispatch takes them.
     pub fn tell_lanes(&self, now_ms: u64) {
-        let endpoints = || self.active.endpoints.iter().filter(|e| !e.is_disabled() && !e.is_cold());
-        let sum = |usable: bool| {
-            let mut counted = endpoints().filter(|e| !usable || e.is_usable(now_ms));
-            counted.try_fold(0_u32, |sum, e| Some(sum.saturating_add(e.limit()?)))
-        };
-        let all = !endpoints().any(|e| e.is_usable(now_ms));
-        self.lanes.tell_capacity(sum(!all));
+        self.lanes.tell_capacity(self.active.share(now_ms));
     }
 
     pub fn has_free_slot(&self) -> bool {
-        self.active.endpoints.iter().any(|e| e.has_free_slot())
+        self.active.counted(now_ms()).any(|e| e.has_free_slot())
     }
 }

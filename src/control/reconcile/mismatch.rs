@@ -8,9 +8,13 @@ use crate::{
         kubernetes::{ACTIVE, Asked},
         slices,
     },
+    lifecycle::Phase,
     model::upstream::{Port, ServicePort},
-    upstream::{Set, Snapshot},
+    upstream::{Set, Snapshot, dispatch::now_ms},
 };
+
+/// Since the process began. The kubelet's probe and the endpoint controller take their time.
+const LISTED_WITHIN_MS: u64 = 60_000;
 
 /// Why a set of Kubernetes has no endpoints.
 pub(super) struct Empty {
@@ -92,6 +96,15 @@ impl Reconciler {
             }
         }
         let ours = self.config.settings.kubernetes.as_ref().and_then(|kubernetes| kubernetes.self_service.as_ref());
+        if let Some(service) = ours
+            && self.control.phase.get() == Phase::Running
+            && now_ms() > LISTED_WITHIN_MS
+            && self.place().is_some_and(|place| !place.is_listed)
+        {
+            told.insert(format!(
+                "service {service} (kubernetes.self_service) does not have this replica, which counts itself as one more: does the Service select it, and is it ready?"
+            ));
+        }
         if let Some(service) = ours
             && self.known.get(service).is_some_and(|known| known.slices.as_ref().is_some_and(|slices| slices.is_empty()))
         {

@@ -7,9 +7,13 @@ use std::{
 
 use super::Reconciler;
 use crate::{
-    control::replicas,
+    control::replicas::{self, Place},
     model::settings::Listen,
-    upstream::{Snapshot, shares},
+    upstream::{
+        Snapshot,
+        dispatch::now_ms,
+        shares::{self, Share},
+    },
 };
 
 impl Reconciler {
@@ -18,9 +22,14 @@ impl Reconciler {
         let place = self.place();
         let before = std::mem::replace(&mut self.control.told().replicas, place);
         if place != before
-            && let Some((own, all)) = place
+            && let Some(Place { own, all, is_listed }) = place
         {
-            tracing::info!(replica = own + 1, replicas = all, "the workers of each set are shared with the other replicas");
+            tracing::info!(
+                replica = own + 1,
+                replicas = all,
+                is_listed,
+                "the workers of each set are shared with the other replicas"
+            );
         }
         // An endpoint of several sets is dealt out once.
         let mut dealt = BTreeSet::new();
@@ -29,21 +38,29 @@ impl Reconciler {
             let mut endpoints: Vec<_> =
                 set.endpoints.iter().filter(|endpoint| !endpoint.is_leaving() && dealt.insert(endpoint.id)).collect();
             endpoints.sort_by(|a, b| a.address.cmp(&b.address));
-            let Some((own, all)) = place.filter(|(_, all)| *all > 1) else {
+            let Some(Place { own, all, .. }) = place.filter(|place| place.all > 1) else {
                 for endpoint in endpoints.iter().filter(|endpoint| endpoint.is_shared_by_replicas()) {
                     endpoint.set_share(None, true);
                 }
                 continue;
             };
             let capacities: Vec<_> = endpoints.iter().map(|endpoint| endpoint.capacity()).collect();
-            for (endpoint, share) in endpoints.iter().zip(shares::split(&capacities, own, all, nth)) {
+            let mut shares = shares::split(&capacities, own, all, nth);
+            // Its part may be of pods alone that are not usable now: then one slot of one that is.
+            let now = now_ms();
+            let usable: Vec<usize> = (0..endpoints.len()).filter(|at| endpoints[*at].is_usable(now)).collect();
+            let has_none = usable.iter().all(|at| shares[*at].is_some_and(|share| share.slots == 0));
+            if has_none && let Some(share) = usable.get(own % usable.len().max(1)).and_then(|at| shares[*at].as_mut()) {
+                *share = Share { slots: 1, leases: false };
+            }
+            for (endpoint, share) in endpoints.iter().zip(shares) {
                 endpoint.set_share(share.map(|share| share.slots), share.is_none_or(|share| share.leases));
             }
         }
     }
 
-    /// This replica's number among all that serve, and how many these are; `None`: nobody says.
-    fn place(&self) -> Option<(usize, usize)> {
+    /// `None`: nobody says which replicas there are.
+    pub(super) fn place(&self) -> Option<Place> {
         let service = self.config.settings.kubernetes.as_ref()?.self_service.as_ref()?;
         let slices = self.known.get(service)?.listed()?;
         Some(replicas::place(slices, |ip| is_own(&self.config.settings.listen, ip)))

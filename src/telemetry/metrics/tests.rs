@@ -51,6 +51,7 @@ fn with_everything() -> Arc<Metrics> {
             ],
             lanes: vec![("checkout".into(), 2, 1)],
             refused: true,
+            overloaded: true,
         }],
         buffer_memory_bytes: 65_536,
         buffer_disk_bytes: 1,
@@ -96,6 +97,7 @@ fn gauges_are_asked_for_at_the_scrape() {
     has(&text, r#"slackwater_upstream_saturation{upstream="php",set="blue"} 0.75"#);
     has(&text, r#"slackwater_upstream_share{upstream="php",set="blue"} 4"#);
     assert!(!text.contains(r#"slackwater_upstream_share{upstream="php",set="green"}"#));
+    has(&text, r#"slackwater_upstream_overloaded{upstream="php"} 1"#);
     has(&text, r#"slackwater_upstream_lane_busy{upstream="php",lane="checkout"} 2"#);
     has(&text, r#"slackwater_upstream_lane_waiting{upstream="php",lane="checkout"} 1"#);
     has(&text, r#"slackwater_upstream_active_set{upstream="php",set="green"} 0"#);
