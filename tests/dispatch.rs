@@ -100,3 +100,55 @@ async fn an_endpoint_that_has_just_come_gets_less_at_first() {
         }
     }
 }
+
+/// A pod that is leaving has slots that nobody may use: they wake nobody, however many wait.
+#[tokio::test(start_paused = true)]
+async fn free_slots_of_a_pod_that_leaves_wake_nobody() {
+    let dispatcher = dispatcher(2);
+    let upstream = dispatcher.store.load().upstreams["php"].clone();
+    upstream.active.endpoints[1].set_leaving(true);
+    let busy = dispatcher.acquire(&want(&[], &[])).await.unwrap();
+    assert_eq!(busy.endpoint().id, 1);
+    assert!(!upstream.has_free_slot());
+    let mut waiting: Vec<_> = (0..3).map(|_| Box::pin(async { dispatcher.acquire(&want(&[], &[])).await })).collect();
+    for one in &mut waiting {
+        assert!(poll_once(one).await.is_none());
+    }
+    upstream.wake_for_free_slots();
+    // Where it alone is left it is used.
+    upstream.active.endpoints[0].set_disabled(true);
+    upstream.wake_for_free_slots();
+    assert_eq!(poll_once(&mut waiting[0]).await.expect("it is woken").unwrap().endpoint().id, 2);
+}
+
+/// One that gives up hands its wake-up to the next.
+#[tokio::test(start_paused = true)]
+async fn who_finds_that_everybody_has_refused_it_passes_its_wake_up_on() {
+    let dispatcher = dispatcher(2);
+    let upstream = dispatcher.store.load().upstreams["php"].clone();
+    let first = dispatcher.acquire(&want(&[], &[])).await.unwrap();
+    let _second = dispatcher.acquire(&want(&[], &[])).await.unwrap();
+    let refused = [first.endpoint().id];
+    let mut picky = Box::pin(async { dispatcher.acquire(&want(&refused, &refused)).await });
+    let mut behind = Box::pin(async { dispatcher.acquire(&want(&[], &[])).await });
+    assert!(poll_once(&mut picky).await.is_none() && poll_once(&mut behind).await.is_none());
+    let other = upstream.active.endpoints.iter().find(|e| e.id != refused[0]).unwrap();
+    other.set_disabled(true);
+    drop(first);
+    assert_eq!(poll_once(&mut picky).await.expect("nobody is left for it").unwrap_err().kind, Kind::NoEndpoint);
+    assert!(poll_once(&mut behind).await.expect("the slot stays free").is_ok());
+}
+
+/// Every key reaches the other pod where its own is not usable.
+#[tokio::test(start_paused = true)]
+async fn a_hash_goes_on_to_the_other_pod_for_every_key() {
+    let toml = "[upstream.php]\nworkers_per_endpoint = 1000\nbalance = \"hash:$remote_addr\"\n[upstream.php.set.blue]\nendpoints = [\"127.0.0.1:9000\", \"127.0.0.1:9001\"]\n[[site]]\nphp_root = \"/app\"\nupstream = \"php\"\n";
+    let store = Arc::new(Store::new(snapshot::of(toml, 1)));
+    store.load().upstreams["php"].active.endpoints[0].set_disabled(true);
+    let dispatcher = Dispatcher::new(0, store, Workers::new(Vec::new()));
+    for n in 0..2_000_u32 {
+        let key = n.to_string();
+        let mut asked = Box::pin(async { dispatcher.acquire(&Want { key: key.as_bytes(), ..want(&[], &[]) }).await });
+        assert_eq!(poll_once(&mut asked).await.expect("it waits beside an idle pod").unwrap().endpoint().id, 2);
+    }
+}

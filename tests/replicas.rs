@@ -109,6 +109,29 @@ impl Pool {
     }
 }
 
+/// A replica whose part is of a pod that is not usable has a slot of one that is.
+#[test]
+fn nobody_is_left_without_a_slot_while_any_pod_is_usable() {
+    netns::run(async || {
+        let mut pool = Pool::start(3, 2).await;
+        for _ in 0..4 {
+            pool.joins().await;
+        }
+        pool.shares(&[2, 2, 1, 1]).await;
+        // The second pod has all that the third and the fourth replica have.
+        let address = pool.pods[1].tcp_address().to_string();
+        for replica in &pool.replicas {
+            replica.cli_ok(&["endpoint", "disable", "php", &address]).await;
+        }
+        for replica in &pool.replicas {
+            assert_eq!(http::get(replica.http(), "/hello.php").await.unwrap().status, 200);
+        }
+        pool.shares(&[2, 2, 1, 1]).await;
+        // What that costs is told.
+        assert_eq!(pool.set(2).await["capacity"], 4);
+    });
+}
+
 /// Requests at a rate, whatever becomes of those before; clients leave after two seconds. How many a second were answered after the first two seconds, and how long
 /// the slowest of them took.
 async fn offer(address: SocketAddr, rate: f64, seconds: f64, path: &'static str) -> (f64, Duration) {

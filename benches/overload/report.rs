@@ -6,12 +6,12 @@ use super::{LaneStep, SCRIPTS, Step, peers};
 
 pub fn line(step: &Step) -> String {
     format!(
-        "{:>4}% {:<24} goodput {:.2}  p50 {:>5.0} ms  p99 {:>5.0} ms  503 {:>4}  gave up {:>4}  failed {:>3}  executions {:>4}, for nobody {:>4}, begun late {:>4}  FPM's queue {:>3}",
+        "{:>4}% {:<24} goodput {:.2}  p50 {:>5} ms  p99 {:>5} ms  503 {:>4}  gave up {:>4}  failed {:>3}  executions {:>4}, for nobody {:>4}, begun late {:>4}  FPM's queue {:>3}",
         step.percent,
         step.peer,
         step.goodput / step.capacity,
-        step.p50_ms,
-        step.p99_ms,
+        ms(step.p50_ms),
+        ms(step.p99_ms),
         step.refused,
         step.gave_up,
         step.failed,
@@ -39,12 +39,12 @@ pub fn table(steps: &[Step], lanes: &[LaneStep], time: Duration) -> String {
         for step in mine {
             let _ = writeln!(
                 out,
-                "| {}% | {} | {:.2} | {:.0} | {:.0} | {} | {} | {} | {} | {} | {} | {} |",
+                "| {}% | {} | {:.2} | {} | {} | {} | {} | {} | {} | {} | {} | {} |",
                 step.percent,
                 step.peer,
                 step.goodput / step.capacity,
-                step.p50_ms,
-                step.p99_ms,
+                ms(step.p50_ms),
+                ms(step.p99_ms),
                 step.refused,
                 step.gave_up,
                 step.failed,
@@ -69,12 +69,21 @@ pub fn table(steps: &[Step], lanes: &[LaneStep], time: Duration) -> String {
             let beside = if step.saturated { "saturated" } else { "idle" };
             let _ = writeln!(
                 out,
-                "| {} | {beside} | {} | {} | {:.0} | {:.0} |",
-                step.peer, step.answered, step.not_answered, step.p50_ms, step.p99_ms
+                "| {} | {beside} | {} | {} | {} | {} |",
+                step.peer,
+                step.answered,
+                step.not_answered,
+                ms(step.p50_ms),
+                ms(step.p99_ms)
             );
         }
     }
     out
+}
+
+/// A dash where nobody was answered.
+fn ms(value: Option<f64>) -> String {
+    value.map_or_else(|| "-".to_owned(), |value| format!("{value:.0}"))
 }
 
 fn capital(text: &str) -> String {
@@ -91,7 +100,7 @@ pub fn plot(steps: &[Step]) -> String {
     type Figure = (&'static str, f64, fn(&Step) -> f64);
     let figures: [Figure; 3] = [
         ("goodput of capacity", 1.1, |s| s.goodput / s.capacity),
-        ("p99 of what was answered, s", 2.0, |s| s.p99_ms / 1e3),
+        ("p99 of what was answered, s", 2.0, |s| s.p99_ms.unwrap_or(f64::NAN) / 1e3),
         ("executions for nobody, of all", 1.0, |s| s.dead as f64 / (s.executions.max(1)) as f64),
     ];
     let columns = figures.len() as f64;

@@ -155,9 +155,10 @@ struct Waiting<'a> {
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
+        // Who was refused at once has not waited.
         let waited = match self.ended {
             Some(Ok(waited)) => waited,
-            _ => self.since.elapsed(),
+            _ => Some(self.since.elapsed()).filter(|waited| *waited >= Duration::from_millis(1)).unwrap_or_default(),
         };
         match self.ended {
             None => self.metrics.expired(self.upstream, Kind::ClientLeft.cause()),

@@ -321,6 +321,29 @@ async fn reserves_never_leave_nothing() {
         drop(enter(&lanes, lane, 1));
     }
     assert_eq!(enter(&lanes, "", 9).len(), 1);
+    // Nor where those with a reserve are at work already.
+    let (_queue, lanes) = queue(4, &[("a", 50, 0, 50), ("b", 50, 0, 100)]);
+    drop(enter(&lanes, "b", 2));
+    assert_eq!(enter(&lanes, "a", 9).len(), 2);
+    let _at_work = enter(&lanes, "a", 2);
+    assert_eq!(enter(&lanes, "", 9).len(), 1);
+    assert_eq!([1, 2].map(|at| lanes.reserve(at, 4)), [2, 1]);
+    assert_eq!([1, 2].map(|at| lanes.reserve(at, 1)), [0, 0]);
+}
+
+/// While nobody is usable nobody knows how long that takes: who waits is not told that it waits in vain.
+#[tokio::test(start_paused = true)]
+async fn where_nobody_is_usable_all_wait_in_order() {
+    let (queue, lanes) = plain();
+    have_run(&lanes, 8, 1.0).await;
+    lanes.tell_capacity(Some(0));
+    let mut waiting: Vec<_> = (0..MAX).map(|_| join(&queue, &lanes, "")).collect();
+    pass(5.0).await;
+    lanes.tell_capacity(Some(50));
+    queue.wake_one();
+    assert!(is_woken(&waiting[0]) || is_woken(&waiting[MAX - 1]));
+    waiting.retain(|waiter| waiter.entry.state.load(Ordering::Relaxed) <= GRANTED);
+    assert_eq!(waiting.len(), MAX, "some were shed");
 }
 
 #[tokio::test(start_paused = true)]
