@@ -200,10 +200,15 @@ impl Error {
         *response.status_mut() = status;
         let headers = response.headers_mut();
         headers.insert(http::header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
-        if status == StatusCode::SERVICE_UNAVAILABLE {
+        self.say_when(headers);
+        response
+    }
+
+    /// Retry-After, on every 503.
+    pub fn say_when(&self, headers: &mut http::HeaderMap) {
+        if self.kind.status() == StatusCode::SERVICE_UNAVAILABLE {
             headers.insert(RETRY_AFTER, HeaderValue::from(self.retry_after));
         }
-        response
     }
 }
 

@@ -24,10 +24,12 @@ mod glob;
 pub mod keys;
 mod reader;
 mod routes;
+pub mod rules;
 mod settings;
 mod sites;
 #[cfg(test)]
 mod tests;
+mod texts;
 pub mod unit;
 mod upstreams;
 

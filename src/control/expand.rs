@@ -8,14 +8,19 @@ use std::{
     time::Duration,
 };
 
+use http::{HeaderName, HeaderValue};
+
 use super::config::{
     Config, UpstreamConfig,
+    rules::show_expires,
     unit::{show_duration, show_size},
 };
 use crate::model::{
     Route, Site, SiteTable,
+    rules::{Action, ErrorPage, When},
     settings::{AccessFormat, Buffer, Drain, Listen, Log, LogFormat, ReloadMode},
     site::{Files, Pattern, PhpRoot, Symlinks},
+    text::Text,
     upstream::{Balance, Ping, Port, ServicePort, SetConfig},
 };
 
@@ -274,13 +279,7 @@ fn route(out: &mut Out, config: &Config, route: &Route) {
         Pattern::Regex(_) => "every path that the expression finds something in",
     });
     out.key("path", quote(&route.path));
-    out.key(
-        "when",
-        match route.methods.is_empty() {
-            true => "{}".to_owned(),
-            false => format!("{{ method = {} }}", list(&route.methods)),
-        },
-    );
+    out.key("when", format_args!("{{ {} }}", when(route).join(", ")));
     route_keys(out, config, route);
 }
 
@@ -322,8 +321,76 @@ fn route_keys(out: &mut Out, config: &Config, route: &Route) {
             false => format!("{{ {} }}", params.join(", ")),
         },
     );
+    rules(out, route);
     out.key("lane", quote(route.lane.as_deref().unwrap_or_default()));
     out.key("access_log", quote(if route.access_log { "on" } else { "off" }));
+}
+
+fn when(route: &Route) -> Vec<String> {
+    let mut all = Vec::new();
+    if !route.methods.is_empty() {
+        all.push(format!("method = {}", list(&route.methods)));
+    }
+    let When { headers, cookies, from } = &route.when;
+    if !headers.is_empty() {
+        let value =
+            |value: &Option<HeaderValue>| value.as_ref().map_or("*".into(), |v| String::from_utf8_lossy(v.as_bytes()).into_owned());
+        all.push(format!("header = {}", list(headers.iter().map(|(name, v)| format!("{name}: {}", value(v))))));
+    }
+    if !cookies.is_empty() {
+        let cookie =
+            |(name, value): &(String, Option<String>)| value.as_ref().map_or_else(|| name.clone(), |v| format!("{name}={v}"));
+        all.push(format!("cookie = {}", list(cookies.iter().map(cookie))));
+    }
+    if !from.is_empty() {
+        all.push(format!("from = {}", list(from)));
+    }
+    all
+}
+
+fn rules(out: &mut Out, route: &Route) {
+    out.key("allow", list(&route.access.allow));
+    out.key("deny", list(&route.access.deny));
+    if let Some(rewrite) = &route.rewrite {
+        out.key("rewrite", quote(&rewrite.source));
+    }
+    out.key("internal", route.internal);
+    match &route.action {
+        None => {}
+        Some(Action::Redirect { to, status }) => {
+            out.key("redirect", format_args!("{{ to = {}, status = {} }}", quote(&to.source), status.as_u16()));
+        }
+        Some(Action::Respond { status, body, content_type }) => {
+            let content_type = quote(String::from_utf8_lossy(content_type.as_bytes()));
+            let body = quote(&body.source);
+            out.key("respond", format_args!("{{ status = {}, body = {body}, type = {content_type} }}", status.as_u16()));
+        }
+    }
+    let pages = route.error_pages.iter().map(|((from, to), page)| {
+        let codes = if from == to { from.to_string() } else { format!("{from}-{to}") };
+        let page = match page {
+            ErrorPage::Path(path) => path.clone(),
+            ErrorPage::Url(url) => String::from_utf8_lossy(url.as_bytes()).into_owned(),
+        };
+        (codes, page)
+    });
+    // The first of a code is the one that counts, and TOML has each key once.
+    let mut shown: Vec<(String, String)> = Vec::new();
+    for (codes, page) in pages {
+        if !shown.iter().any(|(known, _)| *known == codes) {
+            shown.push((codes, page));
+        }
+    }
+    let pages: Vec<String> = shown.iter().map(|(codes, page)| format!("{} = {}", quote(codes), quote(page))).collect();
+    out.key("error_page", format_args!("{{ {} }}", pages.join(", ")));
+    for (key, edits) in [("headers", &route.headers), ("request_headers", &route.request_headers)] {
+        let entries = |all: &[(HeaderName, Text)]| {
+            all.iter().map(|(name, text)| format!("{} = {}", quote(name), quote(&text.source))).collect::<Vec<_>>().join(", ")
+        };
+        let (set, add) = (entries(&edits.set), entries(&edits.add));
+        out.key(key, format_args!("{{ set = {{ {set} }}, add = {{ {add} }}, remove = {} }}", list(&edits.remove)));
+    }
+    out.key("expires", quote(show_expires(route.expires)));
 }
 
 fn quote(text: impl Display) -> String {

@@ -4,7 +4,7 @@ use std::{path::Path, rc::Rc, sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use http::{Method, Response, StatusCode, header, request::Parts};
-use hyper::body::Incoming;
+use http_body::Body;
 use tokio::time::Instant;
 
 use super::{
@@ -13,6 +13,7 @@ use super::{
     inflight::Record,
     pipe::{self, Outcome, Plan},
     stack::Worker,
+    variables::cookie,
 };
 use crate::{
     error::{Error, Kind, Retry},
@@ -53,7 +54,11 @@ pub struct Php<'a> {
 }
 
 /// PHP's answer, or why there is none.
-pub async fn forward(worker: &Rc<Worker>, php: &Php<'_>, incoming: Incoming) -> Result<Response<Content>, Error> {
+pub async fn forward<B>(worker: &Rc<Worker>, php: &Php<'_>, incoming: B) -> Result<Response<Content>, Error>
+where
+    B: Body<Data = Bytes> + Unpin,
+    B::Error: std::fmt::Display,
+{
     if worker.phase.get() == Phase::Starting {
         return Err(Error::new(Kind::Starting, "no upstream is known to be usable yet".to_owned()));
     }
@@ -188,13 +193,6 @@ fn hash_key(worker: &Worker, upstream: &str, php: &Php<'_>) -> String {
         Some(Balance::HashCookie(name)) => cookie(php.parts, name).unwrap_or_default().to_owned(),
         _ => String::new(),
     }
-}
-
-fn cookie<'a>(parts: &'a Parts, name: &str) -> Option<&'a str> {
-    parts.headers.get_all(header::COOKIE).iter().filter_map(|v| v.to_str().ok()).flat_map(|v| v.split(';')).find_map(|pair| {
-        let (key, value) = pair.trim().split_once('=')?;
-        (key == name).then_some(value)
-    })
 }
 
 async fn site_root(worker: &Worker, site: &Site) -> String {

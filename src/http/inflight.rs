@@ -13,7 +13,7 @@ use http::{HeaderValue, Method, Uri, Version};
 use slab::Slab;
 use tokio::time::Instant;
 
-use super::layers::request_id::RequestId;
+use super::layers::{headers::Filled, request_id::RequestId};
 use crate::{
     error::{Error, Kind},
     lifecycle::{
@@ -46,6 +46,8 @@ pub struct Record {
     /// The Activation it holds; 0: none.
     activation: Cell<u64>,
     pub way: RefCell<Way>,
+    /// What its route changes of the answer's headers.
+    pub edits: RefCell<Option<Filled>>,
 }
 
 /// Where it went.
@@ -78,6 +80,7 @@ impl Record {
             cause: Cell::new(None),
             activation: Cell::new(0),
             way: RefCell::default(),
+            edits: RefCell::default(),
         })
     }
 

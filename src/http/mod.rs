@@ -1,5 +1,6 @@
 //! One request: from its head to the end of its answer's body.
 
+pub mod actions;
 pub mod answer;
 pub mod body;
 pub mod files;
@@ -11,3 +12,4 @@ pub mod preflight;
 pub mod route;
 pub mod spill;
 pub mod stack;
+pub mod variables;

@@ -3,13 +3,17 @@
 //!
 //! The order of a request: [`site`], [`normalize`], [`route`], [`target`].
 
-use std::{borrow::Cow, sync::Arc};
+use std::{borrow::Cow, net::IpAddr, sync::Arc};
 
-use http::{Method, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header::COOKIE};
 
-use crate::model::{
-    Route, Site, SiteTable,
-    site::{Files, Pattern, ScriptPattern},
+use crate::{
+    error::Kind,
+    model::{
+        Route, Site, SiteTable,
+        rules::When,
+        site::{Files, Pattern, ScriptPattern},
+    },
 };
 
 mod normalize;
@@ -43,14 +47,44 @@ fn without_port(host: &str) -> &str {
     host.split_once(':').map_or(host, |(name, _)| name)
 }
 
+/// What of a request chooses its route, besides the path.
+pub struct Asked<'a> {
+    pub method: &'a Method,
+    pub headers: &'a HeaderMap,
+    /// The client's address.
+    pub from: IpAddr,
+}
+
+impl Asked<'_> {
+    /// A route for GET is one for HEAD too, as in Nginx.
+    fn is_for(&self, route: &Route) -> bool {
+        let method = route.methods.is_empty()
+            || route.methods.contains(self.method)
+            || *self.method == Method::HEAD && route.methods.contains(&Method::GET);
+        method && (route.when.is_always() || self.fits(&route.when))
+    }
+
+    fn fits(&self, when: &When) -> bool {
+        let header = |(name, wanted): &(HeaderName, Option<HeaderValue>)| match wanted {
+            None => self.headers.contains_key(name),
+            Some(value) => self.headers.get_all(name).iter().any(|sent| sent == value),
+        };
+        let cookies = || self.headers.get_all(COOKIE).iter().filter_map(|v| v.to_str().ok()).flat_map(|v| v.split(';'));
+        let cookie = |(name, wanted): &(String, Option<String>)| {
+            let mut pairs = cookies().map(|pair| pair.trim().split_once('=').unwrap_or((pair.trim(), "")));
+            pairs.any(|(key, value)| key == name && wanted.as_ref().is_none_or(|wanted| wanted == value))
+        };
+        let from = self.from.to_canonical();
+        when.headers.iter().all(header)
+            && when.cookies.iter().all(cookie)
+            && (when.from.is_empty() || when.from.iter().any(|net| net.contains(&from)))
+    }
+}
+
 /// The longest exact path whose methods match, else in the file's order the first prefix or expression that does,
-/// else the site's default. `path` is a normalized one. A route for GET is one for HEAD too, as in Nginx.
-pub fn route<'a>(site: &'a Site, method: &Method, path: &[u8]) -> &'a Arc<Route> {
-    let takes = |route: &&Arc<Route>| {
-        route.methods.is_empty()
-            || route.methods.contains(method)
-            || *method == Method::HEAD && route.methods.contains(&Method::GET)
-    };
+/// else the site's default. `path` is a normalized one.
+pub fn route<'a>(site: &'a Site, asked: &Asked<'_>, path: &[u8]) -> &'a Arc<Route> {
+    let takes = |route: &&Arc<Route>| asked.is_for(route);
     // Expressions are over text. Bytes that are none show as U+FFFD, so that such a path cannot slip past a
     // `~^/private/` that refuses it.
     let text = String::from_utf8_lossy(path);
@@ -64,6 +98,25 @@ pub fn route<'a>(site: &'a Site, method: &Method, path: &[u8]) -> &'a Arc<Route>
         Pattern::Regex(regex) => regex.is_match(&text),
     };
     site.ordered.iter().find(|route| takes(route) && fits(route)).unwrap_or(&site.default_route)
+}
+
+/// The path and the query that a `rewrite` leads to. As in Nginx the query stays as it is, one that the rewrite has goes before it, and a `?` at the end
+/// drops it.
+///
+/// # Errors
+/// As `normalize`.
+pub fn rewritten(target: &str, query: Option<&str>) -> Result<(Vec<u8>, Option<String>), Kind> {
+    let (path, own) = target.split_once('?').map_or((target, None), |(path, own)| (path, Some(own)));
+    let query = match (own, query) {
+        (None, query) => query.map(str::to_owned),
+        (Some(""), _) => None,
+        (Some(own), None | Some("")) => Some(own.to_owned()),
+        (Some(own), Some(query)) => Some(match own.strip_suffix('?') {
+            Some(own) => own.to_owned(),
+            None => format!("{own}&{query}"),
+        }),
+    };
+    Ok((normalize(path)?.into_owned(), query))
 }
 
 /// A script to run and what it is told of the path.
@@ -190,4 +243,4 @@ fn is_exact(pattern: &ScriptPattern) -> bool {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

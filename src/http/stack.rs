@@ -1,34 +1,51 @@
 //! The way of one request, step by step, each with a line on why it stands where it does.
 
-use std::{cell::RefCell, collections::HashMap, path::Path, path::PathBuf, rc::Rc, sync::Arc, time::Duration};
+use std::{
+    borrow::Cow,
+    cell::RefCell,
+    collections::HashMap,
+    path::{Path, PathBuf},
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
-use http::{HeaderValue, Method, Request, Response, StatusCode, Version, header};
+use bytes::Bytes;
+use http::{HeaderValue, Method, Request, Response, StatusCode, Version, header, request::Parts};
+use http_body::Body;
+use http_body_util::Empty;
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
 use super::{
+    actions,
     answer::{Answer, Content},
     files::{FileRequest, Files, Served},
     forward::{self, Php},
     inflight::{Finish, Record, Sinks},
     layers::{
-        deadline,
+        access, deadline,
         guards::{self, Passed},
+        headers::Filled,
         real_ip,
         request_id::RequestId,
     },
-    route::{self, Lookup, Otherwise, Refusal, Script, Step, Target},
+    route::{self, Asked, Lookup, Otherwise, Refusal, Script, Step, Target},
     spill::Buffers,
+    variables::{Place, Variables},
 };
 use crate::{
     error::{Error, Kind},
     lifecycle::PhaseCell,
-    model::{Peer, Settings, names::X_REQUEST_ID, site::Symlinks},
+    model::{Peer, Route, Settings, Site, names::X_REQUEST_ID, peer::ClientInfo, rules::ErrorPage, site::Symlinks},
     upstream::Dispatcher,
 };
 
 /// A resolved `php_root = "realpath"` is believed for so long.
 const REAL_PATH_AGE: Duration = Duration::from_secs(1);
+
+/// As many as Nginx allows in one request.
+const MAX_REWRITES: usize = 10;
 
 /// What the requests of one worker share.
 pub struct Worker {
@@ -95,6 +112,9 @@ pub async fn serve(worker: Rc<Worker>, peer: Peer, request: Request<Incoming>) -
         response
     });
     record.status.set(response.status().as_u16());
+    if let Some(edits) = record.edits.take() {
+        edits.apply_to_answer(response.status(), response.headers_mut(), SystemTime::now());
+    }
     if let Ok(value) = HeaderValue::from_str(record.id.as_str()) {
         response.headers_mut().insert(X_REQUEST_ID, value);
     }
@@ -109,7 +129,7 @@ async fn answer(
     settings: &Settings,
     sites: &crate::model::SiteTable,
     peer: &Peer,
-    parts: &http::request::Parts,
+    parts: &Parts,
     body: Incoming,
     record: &Rc<Record>,
 ) -> Result<Response<Content>, Error> {
@@ -131,55 +151,214 @@ async fn answer(
         .clone();
     record.way.borrow_mut().site = Some(site.name.clone());
     // Once, and before routing: routes, files and scripts see the same path.
-    let path = route::normalize(parts.uri.path()).map_err(|kind| Error::new(kind, "the path cannot be used".to_owned()))?;
-    let route = route::route(&site, &parts.method, &path).clone();
-    record.access_log.set(route.access_log);
-
-    // The root of the request's set, where that has one of its own (DESIGN.md, section 5).
-    let (set_root, elsewhere) = roots(worker, route.upstream.as_deref());
-    let root = set_root.or_else(|| site.root.clone());
-    let target = route::target(&site, &route, &path, parts.uri.query(), root.is_some());
-    let script = match (target, &root) {
-        (Target::Script(script), _) => script,
-        (Target::Status(code), _) => return Ok(status(code, &[])),
-        (Target::NotFound(why), root) => return Err(refused(worker, &site, root.as_deref(), &path, why).await),
-        (Target::Lookup(_), None) => return Err(Error::new(Kind::NotFound, "no root".to_owned())),
-        (Target::Lookup(lookup), Some(root)) => {
-            let request = FileRequest { method: &parts.method, headers: &parts.headers, path: &path, query: parts.uri.query() };
-            let served = if elsewhere.is_empty() {
-                worker.files.serve(request, root, &site.symlinks, lookup).await?
-            } else {
-                serve_from_any(worker, &site, request, root, &elsewhere, lookup).await?
-            };
-            match served {
-                Served::Response(response) => return Ok(response.map(Content::File)),
-                Served::Script(script) => script,
-                Served::Status(code) => return Ok(status(code, &[])),
-                Served::NotFound => return Err(Error::new(Kind::NotFound, "no such file".to_owned())),
-            }
+    let mut path = route::normalize(parts.uri.path()).map_err(|kind| Error::new(kind, "the path cannot be used".to_owned()))?;
+    let mut query = parts.uri.query().map(Cow::Borrowed);
+    let asked = Asked { method: &parts.method, headers: &parts.headers, from: client.address };
+    let mut rewrites = 0;
+    let (route, is_hidden) = loop {
+        let route = route::route(&site, &asked, &path).clone();
+        // Nobody may ask for it by its own path, nor learn that it is there.
+        if route.internal && rewrites == 0 {
+            break (route, true);
         }
+        let Some(rewrite) = &route.rewrite else { break (route, false) };
+        rewrites += 1;
+        if rewrites > MAX_REWRITES {
+            return Err(Error::new(Kind::Internal, format!("more than {MAX_REWRITES} rewrites, the last by route {}", route.path)));
+        }
+        let query_now = query.as_deref();
+        let variables = Variables {
+            parts,
+            client: &client,
+            peer,
+            site: &site,
+            route: &route,
+            path: &path,
+            query: query_now,
+            id: record.id.as_str(),
+        };
+        let (next_path, next_query) = route::rewritten(&variables.fill(rewrite, Place::Location), query_now)
+            .map_err(|kind| Error::new(kind, format!("route {} rewrites to what is no path", route.path)))?;
+        (path, query) = (Cow::Owned(next_path), next_query.map(Cow::Owned));
     };
-    let Script { name, path_info, query } = script;
-    let Ok(path_info) = std::str::from_utf8(path_info) else {
-        return Err(Error::new(Kind::BadPath, "PATH_INFO is not UTF-8".to_owned()));
+    let query = query.as_deref();
+    record.access_log.set(route.access_log);
+    let asks = Asks { worker, settings, site: &site, peer, client: &client, record };
+    // Whatever becomes of it, errors included.
+    *record.edits.borrow_mut() = Filled::new(&route.headers, route.expires, &asks.variables(&route, parts, &path, query));
+    let result = match is_hidden {
+        true => Err(Error::new(Kind::NotFound, format!("route {} is internal", route.path))),
+        false => asks.by_route(&route, parts, &path, query, body).await,
     };
-    // Until when somebody waits for the answer: whoever is not trusted would only shorten its own time, and fill the log with it.
-    let trusted = real_ip::is_trusted(peer.remote.ip(), &settings.listen.trusted_proxies);
-    let deadline = deadline::patience(&parts.headers).filter(|_| trusted).map(|patience| record.started + patience);
-    let php = Php {
-        settings,
-        deadline,
-        site: &site,
-        route: &route,
-        script_name: &name,
-        path_info,
-        query: query.as_deref().unwrap_or(parts.uri.query().unwrap_or("")),
-        parts,
-        peer,
-        client: &client,
-        record,
-    };
-    forward::forward(worker, &php, body).await
+    match asks.error_page(&route, parts, &result).await {
+        Some(page) => {
+            if let Err(error) = &result {
+                record.cause.set(Some(error.kind));
+            }
+            Ok(page)
+        }
+        None => result,
+    }
+}
+
+/// What all that a request comes to have in common: the request itself, and the page that stands for its error.
+struct Asks<'a> {
+    worker: &'a Rc<Worker>,
+    settings: &'a Settings,
+    site: &'a Arc<Site>,
+    peer: &'a Peer,
+    client: &'a ClientInfo,
+    record: &'a Rc<Record>,
+}
+
+/// An answer of ours that is nothing but its status.
+#[derive(Clone, Copy)]
+struct Bare;
+
+impl Asks<'_> {
+    fn variables<'a>(&'a self, route: &'a Route, parts: &'a Parts, path: &'a [u8], query: Option<&'a str>) -> Variables<'a> {
+        let Asks { site, peer, client, record, .. } = self;
+        Variables { parts, client, peer, site, route, path, query, id: record.id.as_str() }
+    }
+
+    /// The page that the route has for this outcome. PHP's own pages, whatever their status, are PHP's.
+    async fn error_page(
+        &self,
+        route: &Route,
+        parts: &Parts,
+        result: &Result<Response<Content>, Error>,
+    ) -> Option<Response<Content>> {
+        let status = match result {
+            Err(error) => error.kind.status(),
+            Ok(response) if response.extensions().get::<Bare>().is_some() => response.status(),
+            Ok(_) => return None,
+        };
+        let page = route.error_page(status.as_u16())?;
+        let mut response = match page {
+            ErrorPage::Url(url) => {
+                let mut response = self::status(StatusCode::FOUND, &[]);
+                response.headers_mut().insert(header::LOCATION, url.clone());
+                return Some(response);
+            }
+            ErrorPage::Path(path) => {
+                // A page, not a part of one, nor "not modified"; and whoever posted has posted nothing to it.
+                let mut parts = parts.clone();
+                if parts.method != Method::HEAD {
+                    parts.method = Method::GET;
+                }
+                for name in [
+                    header::RANGE,
+                    header::IF_RANGE,
+                    header::IF_MATCH,
+                    header::IF_NONE_MATCH,
+                    header::IF_MODIFIED_SINCE,
+                    header::IF_UNMODIFIED_SINCE,
+                    header::CONTENT_LENGTH,
+                    header::CONTENT_TYPE,
+                ] {
+                    parts.headers.remove(name);
+                }
+                let asked = Asked { method: &parts.method, headers: &parts.headers, from: self.client.address };
+                let route = route::route(self.site, &asked, path.as_bytes()).clone();
+                let body = Empty::<Bytes>::new();
+                match self.by_route(&route, &parts, path.as_bytes(), None, body).await {
+                    Ok(response) if response.status().is_success() => response,
+                    other => {
+                        let why = other.map_or_else(|error| error.to_string(), |response| response.status().to_string());
+                        tracing::warn!(id = self.record.id.as_str(), page = path, why, "the error page cannot be shown");
+                        return None;
+                    }
+                }
+            }
+        };
+        *response.status_mut() = status;
+        if let Err(error) = result {
+            error.say_when(response.headers_mut());
+        }
+        // They are those of the page, which is not what was asked for.
+        for name in [header::ETAG, header::LAST_MODIFIED, header::ACCEPT_RANGES] {
+            response.headers_mut().remove(name);
+        }
+        Some(response)
+    }
+
+    async fn by_route<B>(
+        &self,
+        route: &Arc<Route>,
+        parts: &Parts,
+        path: &[u8],
+        query: Option<&str>,
+        body: B,
+    ) -> Result<Response<Content>, Error>
+    where
+        B: Body<Data = Bytes> + Unpin,
+        B::Error: std::fmt::Display,
+    {
+        let Asks { worker, settings, site, peer, client, record } = *self;
+        let variables = self.variables(route, parts, path, query);
+        // Before anything is done for a client that may not.
+        access::check(&route.access, client.address)?;
+        if let Some(action) = &route.action {
+            let mut response = actions::answer(action, &variables)?;
+            if parts.method == Method::HEAD {
+                *response.body_mut() = Content::Empty;
+            }
+            return Ok(response);
+        }
+
+        // The root of the request's set, where that has one of its own (DESIGN.md, section 5).
+        let (set_root, elsewhere) = roots(worker, route.upstream.as_deref());
+        let root = set_root.or_else(|| site.root.clone());
+        let target = route::target(site, route, path, query, root.is_some());
+        let script = match (target, &root) {
+            (Target::Script(script), _) => script,
+            (Target::Status(code), _) => return Ok(status(code, &[])),
+            (Target::NotFound(why), root) => return Err(refused(worker, site, root.as_deref(), path, why).await),
+            (Target::Lookup(_), None) => return Err(Error::new(Kind::NotFound, "no root".to_owned())),
+            (Target::Lookup(lookup), Some(root)) => {
+                let request = FileRequest { method: &parts.method, headers: &parts.headers, path, query };
+                let served = if elsewhere.is_empty() {
+                    worker.files.serve(request, root, &site.symlinks, lookup).await?
+                } else {
+                    serve_from_any(worker, site, request, root, &elsewhere, lookup).await?
+                };
+                match served {
+                    Served::Response(response) => return Ok(response.map(Content::File)),
+                    Served::Script(script) => script,
+                    Served::Status(code) => return Ok(status(code, &[])),
+                    Served::NotFound => return Err(Error::new(Kind::NotFound, "no such file".to_owned())),
+                }
+            }
+        };
+        let Script { name, path_info, query: script_query } = script;
+        let Ok(path_info) = std::str::from_utf8(path_info) else {
+            return Err(Error::new(Kind::BadPath, "PATH_INFO is not UTF-8".to_owned()));
+        };
+        // Until when somebody waits for the answer: whoever is not trusted would only shorten its own time, and fill the log with it.
+        let trusted = real_ip::is_trusted(peer.remote.ip(), &settings.listen.trusted_proxies);
+        let deadline = deadline::patience(&parts.headers).filter(|_| trusted).map(|patience| record.started + patience);
+        // Only PHP sees them: what chose the route and the file is what the client has sent.
+        let edited = Filled::new(&route.request_headers, None, &variables).map(|edits| {
+            let mut parts = parts.clone();
+            edits.apply(&mut parts.headers);
+            parts
+        });
+        let parts = edited.as_ref().unwrap_or(parts);
+        let php = Php {
+            settings,
+            deadline,
+            site,
+            route,
+            script_name: &name,
+            path_info,
+            query: script_query.as_deref().or(query).unwrap_or_default(),
+            parts,
+            peer,
+            client,
+            record,
+        };
+        forward::forward(worker, &php, body).await
+    }
 }
 
 /// As on the ops port, for load balancers that check the traffic port.
@@ -194,6 +373,7 @@ fn health(worker: &Worker) -> Response<Content> {
 fn status(code: StatusCode, headers: &[(header::HeaderName, &'static str)]) -> Response<Content> {
     let mut response = Response::new(Content::Empty);
     *response.status_mut() = code;
+    response.extensions_mut().insert(Bare);
     for (name, value) in headers {
         response.headers_mut().insert(name, HeaderValue::from_static(value));
     }

@@ -3,8 +3,10 @@
 pub mod address;
 pub mod names;
 pub mod peer;
+pub mod rules;
 pub mod settings;
 pub mod site;
+pub mod text;
 pub mod upstream;
 
 pub use address::Address;

@@ -4,6 +4,11 @@ use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
 
 use regex::Regex;
 
+use super::{
+    rules::{Access, Action, ErrorPage, ErrorPages, Expires, HeaderEdits, When},
+    text::Text,
+};
+
 /// Every site of a snapshot. Requests hold the `Arc<Site>` and `Arc<Route>` they were given, never the table.
 #[derive(Debug, Default)]
 pub struct SiteTable {
@@ -60,6 +65,21 @@ pub struct Route {
     pub pattern: Pattern,
     /// Empty: any.
     pub methods: Vec<http::Method>,
+    pub when: When,
+    pub access: Access,
+    /// The path, and perhaps query, to go on with instead; routes are looked through again.
+    pub rewrite: Option<Text>,
+    /// Only for what was rewritten to it.
+    pub internal: bool,
+    /// Instead of a file or a script.
+    pub action: Option<Action>,
+    /// The first that has the status.
+    pub error_pages: ErrorPages,
+    /// Of the answer.
+    pub headers: HeaderEdits,
+    /// Of the request, before PHP sees it.
+    pub request_headers: HeaderEdits,
+    pub expires: Option<Expires>,
     /// The upstream's name; `None`: no PHP here.
     pub upstream: Option<Arc<str>>,
     pub files: Files,
@@ -74,6 +94,12 @@ pub struct Route {
     pub access_log: bool,
     /// Of its upstream; `None`: none.
     pub lane: Option<Arc<str>>,
+}
+
+impl Route {
+    pub fn error_page(&self, status: u16) -> Option<&ErrorPage> {
+        self.error_pages.iter().find(|((from, to), _)| (*from..=*to).contains(&status)).map(|(_, page)| page)
+    }
 }
 
 #[derive(Debug)]

@@ -8,12 +8,15 @@ use regex::Regex;
 use super::{
     document::{Kind, Place},
     reader::{Reader, Value, nearest},
+    rules,
     sites::Around,
     upstreams::warn_of_cuts,
 };
 use crate::model::{
     Route,
+    rules::{Access, Action, ErrorPages, Expires, HeaderEdits, When},
     site::{Files, Pattern},
+    text::Text,
 };
 
 /// The parameters that say what runs and how much there is to read. They follow from the request and from `root`,
@@ -43,6 +46,14 @@ pub struct Keys {
     params: Vec<(String, String)>,
     access_log: bool,
     lane: Option<Arc<str>>,
+    access: Access,
+    rewrite: Option<Text>,
+    internal: bool,
+    action: Option<Action>,
+    error_pages: ErrorPages,
+    headers: HeaderEdits,
+    request_headers: HeaderEdits,
+    expires: Option<Expires>,
 }
 
 impl Keys {
@@ -57,11 +68,19 @@ impl Keys {
             params: Vec::new(),
             access_log: true,
             lane: None,
+            access: Access::default(),
+            rewrite: None,
+            internal: false,
+            action: None,
+            error_pages: Vec::new(),
+            headers: HeaderEdits::default(),
+            request_headers: HeaderEdits::default(),
+            expires: None,
         }
     }
 
-    /// `tried` gets what `try_files` ends in here: the site knows later what may run.
-    pub fn read(t: &mut Reader<'_>, above: &Keys, around: &Around<'_>, tried: &mut Vec<Tried>) -> Self {
+    /// `tried` gets what `try_files` ends in here: the site knows later what may run. `captures`: the groups of the route's path.
+    pub fn read(t: &mut Reader<'_>, above: &Keys, around: &Around<'_>, captures: &[String], tried: &mut Vec<Tried>) -> Self {
         let keys = Keys {
             upstream: t.read("upstream", above.upstream.clone(), |v| upstream(v, around)),
             files: t.read("files", above.files, |v| v.one_of(&[("or-front", Files::OrFront), ("or-404", Files::Or404)])),
@@ -75,6 +94,17 @@ impl Keys {
             params: t.read("params", above.params.clone(), |v| params(v, &above.params)),
             access_log: t.read("access_log", above.access_log, |v| v.one_of(&[("on", true), ("off", false)])),
             lane: t.read("lane", above.lane.clone(), |v| Some(v.text()?).map(|lane| (!lane.is_empty()).then(|| Arc::from(lane)))),
+            access: Access {
+                allow: t.read("allow", above.access.allow.clone(), rules::networks),
+                deny: t.read("deny", above.access.deny.clone(), rules::networks),
+            },
+            rewrite: t.read("rewrite", None, |v| rules::rewrite(v, captures).map(Some)),
+            internal: t.read("internal", above.internal, Value::boolean),
+            action: action(t, above, captures),
+            error_pages: t.read("error_page", above.error_pages.clone(), |v| rules::error_pages(v, &above.error_pages)),
+            headers: rules::headers(t.section("headers", "headers"), &above.headers, captures),
+            request_headers: rules::headers(t.section("request_headers", "request_headers"), &above.request_headers, captures),
+            expires: t.read("expires", above.expires, rules::expires),
         };
         keys.check_lane(t, around);
         if let Some(read_timeout) = keys.read_timeout
@@ -116,11 +146,20 @@ impl Keys {
         t.report.problem(at, format!("upstream `{name}` has no lane {lane:?}"), Some(help));
     }
 
-    pub fn route(&self, path: String, pattern: Pattern, methods: Vec<Method>) -> Route {
+    pub fn route(&self, path: String, pattern: Pattern, methods: Vec<Method>, when: When) -> Route {
         Route {
             path,
             pattern,
             methods,
+            when,
+            access: self.access.clone(),
+            rewrite: self.rewrite.clone(),
+            internal: self.internal,
+            action: self.action.clone(),
+            error_pages: self.error_pages.clone(),
+            headers: self.headers.clone(),
+            request_headers: self.request_headers.clone(),
+            expires: self.expires,
             upstream: self.upstream.clone(),
             files: self.files,
             try_files: self.try_files.clone(),
@@ -159,10 +198,12 @@ pub fn read(t: &mut Reader<'_>, site: &Keys, around: &Around<'_>, tried: &mut Ve
                 None
             }
         };
-        let methods = methods(route.section("when", "when"));
-        let keys = Keys::read(&mut route, site, around, tried);
+        let (methods, when) = rules::when(route.section("when", "when"));
+        let captures = path.as_ref().map_or_else(Vec::new, |(_, pattern)| captures(pattern));
+        let keys = Keys::read(&mut route, site, around, &captures, tried);
         if let Some((path, pattern)) = path {
             let earlier = seen.entry(path.clone()).or_default();
+            // One that takes only some of the requests leaves the others to those behind it.
             let covers = |old: &Vec<Method>| old.is_empty() || (!methods.is_empty() && methods.iter().all(|m| old.contains(m)));
             if let Some((_, first)) = earlier.iter().find(|(old, _)| covers(old)) {
                 let message = format!(
@@ -171,9 +212,11 @@ pub fn read(t: &mut Reader<'_>, site: &Keys, around: &Around<'_>, tried: &mut Ve
                 );
                 route.report.warn(route.place("path"), message);
             }
-            earlier.push((methods.clone(), route.place("path")));
+            if when.is_always() {
+                earlier.push((methods.clone(), route.place("path")));
+            }
             let is_exact = matches!(pattern, Pattern::Exact(_));
-            let made = Arc::new(keys.route(path.clone(), pattern, methods));
+            let made = Arc::new(keys.route(path.clone(), pattern, methods, when));
             match is_exact {
                 true => routes.exact.entry(path).or_default().push(made),
                 false => routes.ordered.push(made),
@@ -231,21 +274,22 @@ fn summary(error: &regex::Error) -> String {
     }
 }
 
-fn methods(mut t: Reader<'_>) -> Vec<Method> {
-    let methods = t.read("method", Vec::new(), |v| {
-        v.list(|v| {
-            let text = v.filled_text()?;
-            let upper = text.to_ascii_uppercase();
-            match Method::from_bytes(text.as_bytes()) {
-                // Methods are case-sensitive (RFC 9110 section 9.1): "get" would match nothing that is ever sent.
-                Ok(_) if upper != text => v.refuse(format!("{text:?} is not in capitals"), format!("write \"{upper}\"")),
-                Ok(method) => Some(method),
-                Err(_) => v.refuse(format!("{text:?} is not a method"), "write \"GET\", \"POST\" or another of HTTP's methods"),
-            }
-        })
-    });
-    t.finish();
-    methods
+/// The numbers and names of an expression's groups.
+fn captures(pattern: &Pattern) -> Vec<String> {
+    let Pattern::Regex(regex) = pattern else { return Vec::new() };
+    let names = regex.capture_names().flatten().map(str::to_owned);
+    (1..regex.captures_len()).map(|number| number.to_string()).chain(names).collect()
+}
+
+/// A route has one answer at most.
+fn action(t: &mut Reader<'_>, above: &Keys, captures: &[String]) -> Option<Action> {
+    let redirect = t.read("redirect", None, |v| rules::redirect(v, captures).map(Some));
+    let respond = t.read("respond", None, |v| rules::respond(v, captures).map(Some));
+    if t.has("redirect") && t.has("respond") {
+        let help = "keep one of them".to_owned();
+        t.report.problem(t.place("respond"), "a route cannot have `redirect` and `respond`", Some(help));
+    }
+    redirect.or(respond).or_else(|| above.action.clone())
 }
 
 fn upstream(v: &Value<'_>, around: &Around<'_>) -> Option<Option<Arc<str>>> {

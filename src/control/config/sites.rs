@@ -12,6 +12,7 @@ use super::{
 };
 use crate::model::{
     Route, Site, SiteTable,
+    rules::When,
     settings::Drain,
     site::{Pattern, PhpRoot, ScriptPattern, Symlinks},
 };
@@ -87,7 +88,7 @@ fn read_site(mut t: Reader<'_>, around: &Around<'_>, taken: &mut Hosts, folders:
     let symlinks = t.read("symlinks", Symlinks::Follow, symlinks);
 
     let mut tried = Vec::new();
-    let keys = Keys::read(&mut t, &Keys::standard(), around, &mut tried);
+    let keys = Keys::read(&mut t, &Keys::standard(), around, &[], &mut tried);
     let routes = routes::read(&mut t, &keys, around, &mut tried);
     let site = Site {
         name,
@@ -99,7 +100,7 @@ fn read_site(mut t: Reader<'_>, around: &Around<'_>, taken: &mut Hosts, folders:
         symlinks,
         exact: routes.exact,
         ordered: routes.ordered,
-        default_route: Arc::new(keys.route(String::new(), Pattern::Any, Vec::new())),
+        default_route: Arc::new(keys.route(String::new(), Pattern::Any, Vec::new(), When::default())),
     };
     if t.report.count() == before {
         check_php(&t, &site, around.upstreams, &tried);

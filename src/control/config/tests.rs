@@ -418,6 +418,21 @@ fn each_error_of_sites_and_routes_has_its_place_and_says_what_is_right() {
         (route("when = { methods = [] }"), "7:10: unknown key `methods` in `site.route.when`\n  help: did you mean `method`?".into()),
         (route("lane = \"buy\""), "7:8: upstream `php` has no lane \"buy\"\n  help: add [upstream.php.lane.buy], or lane = \"\" here".into()),
         (route("upstream = \"\"\nlane = \"buy\""), "8:8: lane \"buy\", and no upstream that could have it\n  help: write `upstream` before it, or leave the lane out".into()),
+        (route("rewrite = \"new\""), "7:11: `site.route.rewrite`: \"new\" does not begin with a slash\n  help: write the new path, as in \"/new/$1\"; to another host leads `redirect`".into()),
+        (route("error_page = { \"200\" = \"/x\" }"), "7:16: `site.route.error_page`: \"200\" is no status of an error\n  help: write \"404\", or a range as \"502-504\", from 400 to 599".into()),
+        (route("error_page = { \"404\" = \"x\" }"), "7:24: `site.route.error_page.404`: \"x\" is no page\n  help: write the path of a page of this site, or a URL for a redirect".into()),
+        (route("redirect = { status = 301 }"), "7:12: `site.route.redirect`: `to` is missing\n  help: write { to = \"https://$host$request_uri\", status = 301 }".into()),
+        (route("redirect = { to = \"/\", status = 300 }"), "7:33: `site.route.redirect.status`: 300 is no redirect\n  help: write 301, 302, 303, 307 or 308".into()),
+        (route("redirect = { to = \"/$hots\" }"), "7:19: `site.route.redirect.to`: there is no variable $hots\n  help: did you mean $host?".into()),
+        (route("redirect = { to = \"/$1\" }"), "7:19: `site.route.redirect.to`: $1, and the path has no group of that number\n  help: groups are those of the route's own path, written as '~^/old/(.*)$'".into()),
+        (route("redirect = { to = \"/${uri\" }"), "7:19: `site.route.redirect.to`: ${ without its }\n  help: write ${name}".into()),
+        (route("redirect = { to = \"/\" }\nrespond = {}"), "8:11: a route cannot have `redirect` and `respond`\n  help: keep one of them".into()),
+        (route("headers = { set = { \"X A\" = \"1\" } }"), "7:29: `site.route.headers.set.X A`: \"X A\" cannot be a header's name\n  help: a name is of letters, digits and `-`".into()),
+        (route("headers = { remove = [\"Content-Length\"] }"), "7:23: `site.route.headers.remove`: content-length belongs to the message itself\n  help: it follows from the body and the connection".into()),
+        (route("headers = { set = { A = \"1\\n2\" } }"), "7:25: `site.route.headers.set.A`: has a line break or another control character\n  help: write it in one line".into()),
+        (route("expires = 30"), "7:11: `site.route.expires` is a number, not a string\n  help: write \"30\", in quotes".into()),
+        (route("when = { header = \"X-Debug\" }"), "7:19: `site.route.when.header`: \"X-Debug\" has no colon\n  help: write \"X-Debug: *\" for any value, or \"X-Debug: 1\"".into()),
+        (route("when = { from = [\"10.0.0.0/33\"] }"), "7:18: `site.route.when.from`: \"10.0.0.0/33\" is not a network\n  help: write \"10.0.0.0/8\", \"fd00::/8\" or a single address".into()),
         (route("try_files = []"), "7:13: `site.route.try_files`: the list is empty\n  help: write [\"$uri\", \"$uri/\", \"/index.php\"], or leave the key out".into()),
         (route("try_files = [\"/x?y\", \"$uri\"]"), "7:14: `site.route.try_files`: \"/x?y\" has a query\n  help: write \"/x\": a file has none".into()),
         (route("try_files = [\"=404\", \"=99\"]"), "7:14: `site.route.try_files`: \"=404\" is not the last\n  help: an answer by code ends the list\n7:22: `site.route.try_files`: \"=99\" is not a status\n  help: write \"=404\", or another code from 200 to 599".into()),
@@ -861,6 +876,40 @@ const SAMPLES: &[(&str, &str, &str)] = &[
     ("site", "lane", "\"checkout\""),
     ("route", "lane", "\"checkout\""),
     ("when", "method", "[\"GET\"]"),
+    ("when", "header", "\"X-Debug: *\""),
+    ("when", "cookie", "[\"preview\", \"a=1\"]"),
+    ("when", "from", "[\"10.0.0.0/8\"]"),
+    ("site", "allow", "[\"10.0.0.0/8\"]"),
+    ("site", "deny", "[\"192.0.2.1\"]"),
+    ("site", "redirect", "{ to = \"https://$host$request_uri\" }"),
+    ("site", "respond", "{ status = 410 }"),
+    ("site", "headers", "{ set = { X-A = \"1\" } }"),
+    ("site", "request_headers", "{ remove = [\"X-A\"] }"),
+    ("site", "expires", "\"30d\""),
+    ("route", "allow", "[\"10.0.0.0/8, ::1\"]"),
+    ("route", "deny", "[\"192.0.2.1\"]"),
+    ("route", "redirect", "{ to = \"/new?$args\", status = 301 }"),
+    ("route", "respond", "{ body = \"hello $remote_addr\", type = \"text/html\" }"),
+    ("route", "headers", "{ add = { Link = \"</a.css>\" }, remove = [\"X-Powered-By\"] }"),
+    ("route", "request_headers", "{ set = { X-Scheme = \"$scheme\" } }"),
+    ("route", "expires", "\"max\""),
+    ("site", "rewrite", "\"/x\""),
+    ("site", "internal", "true"),
+    ("site", "error_page", "{ \"404\" = \"/404.html\" }"),
+    ("route", "error_page", "{ \"502-504\" = \"https://status.example.com/\" }"),
+    ("route", "rewrite", "\"/new$uri\""),
+    ("route", "internal", "true"),
+    ("redirect", "to", "\"/x\""),
+    ("redirect", "status", "308"),
+    ("respond", "status", "404"),
+    ("respond", "body", "\"x\""),
+    ("respond", "type", "\"text/html\""),
+    ("headers", "set", "{ A = \"b\" }"),
+    ("headers", "add", "{ A = \"b\" }"),
+    ("headers", "remove", "[\"a\"]"),
+    ("request_headers", "set", "{ A = \"b\" }"),
+    ("request_headers", "add", "{ A = \"b\" }"),
+    ("request_headers", "remove", "[\"a\"]"),
 ];
 
 /// A configuration that has every table, with one key set.
@@ -873,6 +922,9 @@ fn with(section: &str, key: &str, value: &str) -> String {
         ("site", "upstream", "\"php\""),
         ("route", "path", "\"/x\""),
     ];
+    if section == "redirect" && key != "to" {
+        keys.push(("redirect", "to", "\"/y\""));
+    }
     if key == "lane" && section != "upstream" {
         keys.push(("upstream", "lane", "{ checkout = {} }"));
     }
@@ -911,6 +963,10 @@ fn with(section: &str, key: &str, value: &str) -> String {
             "kubernetes" => (0, "kubernetes."),
             "site" => (1, ""),
             "when" => (2, "when."),
+            "redirect" => (2, "redirect."),
+            "respond" => (2, "respond."),
+            "headers" => (2, "headers."),
+            "request_headers" => (2, "request_headers."),
             _ => (2, ""),
         };
         text[part] += &format!("{prefix}{key} = {value}\n");

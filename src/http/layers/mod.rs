@@ -1,6 +1,8 @@
 //! What every request passes before it is routed, one concern a file.
 
+pub mod access;
 pub mod deadline;
 pub mod guards;
+pub mod headers;
 pub mod real_ip;
 pub mod request_id;

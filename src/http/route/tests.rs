@@ -6,11 +6,24 @@ use regex::Regex;
 use super::*;
 use crate::model::site::{PhpRoot, Symlinks};
 
-fn a_route(path: &str, pattern: Pattern) -> Route {
+fn asked<'a>(method: &'a Method, headers: &'a HeaderMap) -> Asked<'a> {
+    Asked { method, headers, from: [192, 0, 2, 1].into() }
+}
+
+pub(in crate::http) fn a_route(path: &str, pattern: Pattern) -> Route {
     Route {
         path: path.into(),
         pattern,
         methods: Vec::new(),
+        when: When::default(),
+        access: Default::default(),
+        rewrite: None,
+        internal: false,
+        action: None,
+        error_pages: Vec::new(),
+        headers: Default::default(),
+        request_headers: Default::default(),
+        expires: None,
         upstream: Some("php".into()),
         files: Files::OrFront,
         try_files: None,
@@ -21,6 +34,53 @@ fn a_route(path: &str, pattern: Pattern) -> Route {
         access_log: true,
         lane: None,
     }
+}
+
+#[test]
+fn a_rewrite_keeps_the_query_puts_its_own_before_it_or_drops_it() {
+    let to = |target: &str, query| rewritten(target, query).map(|(path, query)| (String::from_utf8(path).unwrap(), query));
+    let is = |path: &str, query: Option<&str>| Ok((path.to_owned(), query.map(str::to_owned)));
+    assert_eq!(to("/new/a%20b", Some("x=1")), is("/new/a b", Some("x=1")));
+    assert_eq!(to("/new", None), is("/new", None));
+    assert_eq!(to("/new?p=2", Some("x=1")), is("/new", Some("p=2&x=1")));
+    assert_eq!(to("/new?p=2", None), is("/new", Some("p=2")));
+    assert_eq!(to("/new?", Some("x=1")), is("/new", None));
+    assert_eq!(to("/new?p=2?", Some("x=1")), is("/new", Some("p=2")));
+    assert_eq!(to("/a/../../etc", None), Err(Kind::BadPath));
+    assert_eq!(to("new", None), Err(Kind::BadRequest));
+}
+
+#[test]
+fn a_route_may_ask_for_headers_cookies_and_addresses() {
+    let mut site = site_with(&[]);
+    let when = |when: When| Route { when, ..a_route("/x", Pattern::Exact("/x".into())) };
+    let cases = [
+        ("header", When { headers: vec![("x-debug".parse().unwrap(), None)], ..When::default() }),
+        ("value", When { headers: vec![("x-tenant".parse().unwrap(), Some(HeaderValue::from_static("b")))], ..When::default() }),
+        ("cookie", When { cookies: vec![("preview".into(), None)], ..When::default() }),
+        ("cookie value", When { cookies: vec![("variant".into(), Some("2".into()))], ..When::default() }),
+        ("address", When { from: vec!["10.0.0.0/8".parse().unwrap()], ..When::default() }),
+    ];
+    let routes = cases.iter().map(|(name, w)| Arc::new(Route { path: (*name).into(), ..when(w.clone()) }));
+    let last = Route { path: "none".into(), ..when(When::default()) };
+    site.exact.insert("/x".into(), routes.chain([Arc::new(last)]).collect());
+    let chosen = |headers: &[(&str, &str)], from: [u8; 4]| {
+        let mut map = HeaderMap::new();
+        for (name, value) in headers {
+            map.append(HeaderName::try_from(*name).unwrap(), HeaderValue::from_str(value).unwrap());
+        }
+        let asked = Asked { method: &Method::GET, headers: &map, from: from.into() };
+        route(&site, &asked, b"/x").path.clone()
+    };
+    let stranger = [192, 0, 2, 1];
+    assert_eq!(chosen(&[], stranger), "none");
+    assert_eq!(chosen(&[("X-Debug", "")], stranger), "header");
+    assert_eq!(chosen(&[("X-Tenant", "a"), ("X-Tenant", "b")], stranger), "value");
+    assert_eq!(chosen(&[("X-Tenant", "c")], stranger), "none");
+    assert_eq!(chosen(&[("Cookie", "a=1; preview=")], stranger), "cookie");
+    assert_eq!(chosen(&[("Cookie", "variant=2")], stranger), "cookie value");
+    assert_eq!(chosen(&[("Cookie", "variant=22; xpreview=1")], stranger), "none");
+    assert_eq!(chosen(&[], [10, 1, 2, 3]), "address");
 }
 
 fn any_route() -> Route {
@@ -93,7 +153,7 @@ fn routes() {
     let mut get = a_route("/a/x get", Pattern::Exact("/a/x".into()));
     get.methods = vec![Method::GET];
     site.exact.insert("/a/x".into(), vec![Arc::new(post), Arc::new(get)]);
-    let path = |method: Method, path: &[u8]| route(&site, &method, path).path.clone();
+    let path = |method: Method, path: &[u8]| route(&site, &asked(&method, &HeaderMap::new()), path).path.clone();
     assert_eq!(path(Method::POST, b"/a/x"), "/a/x");
     assert_eq!(path(Method::GET, b"/a/x"), "/a/x get");
     assert_eq!(path(Method::HEAD, b"/a/x"), "/a/x get");

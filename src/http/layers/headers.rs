@@ -1,0 +1,71 @@
+//! The headers that a route changes: of the answer, and of the request before PHP sees it.
+
+use std::time::{Duration, SystemTime};
+
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+
+use crate::{
+    http::variables::{Place, Variables},
+    model::rules::{Expires, HeaderEdits},
+};
+
+/// Ten years, as Nginx has it.
+const FOR_EVER: Duration = Duration::from_secs(315_360_000);
+
+/// The changes for one request, its variables filled in.
+#[derive(Debug, Default)]
+pub struct Filled {
+    remove: Vec<HeaderName>,
+    set: Vec<(HeaderName, HeaderValue)>,
+    add: Vec<(HeaderName, HeaderValue)>,
+    expires: Option<Expires>,
+}
+
+impl Filled {
+    /// `None`: nothing changes. A header whose value is empty once its variables are filled in is left out, as in Nginx.
+    pub fn new(edits: &HeaderEdits, expires: Option<Expires>, variables: &Variables<'_>) -> Option<Self> {
+        if edits.is_empty() && expires.is_none() {
+            return None;
+        }
+        let fill = |all: &[(HeaderName, crate::model::text::Text)]| {
+            let filled = all.iter().filter_map(|(name, text)| {
+                let value = variables.fill(text, Place::Header);
+                (!value.is_empty()).then(|| Some((name.clone(), HeaderValue::from_str(&value).ok()?)))?
+            });
+            filled.collect()
+        };
+        Some(Filled { remove: edits.remove.clone(), set: fill(&edits.set), add: fill(&edits.add), expires })
+    }
+
+    pub fn apply(&self, headers: &mut HeaderMap) {
+        for name in &self.remove {
+            headers.remove(name);
+        }
+        for (name, value) in &self.set {
+            headers.insert(name.clone(), value.clone());
+        }
+        for (name, value) in &self.add {
+            headers.append(name.clone(), value.clone());
+        }
+    }
+
+    /// The same for an answer, and how long it may be kept.
+    pub fn apply_to_answer(&self, status: StatusCode, headers: &mut HeaderMap, now: SystemTime) {
+        // Those that Nginx lets caches keep; an error page for a month would outlive its error.
+        let kept = [200, 201, 204, 206, 301, 302, 303, 304, 307, 308].contains(&status.as_u16());
+        if let Some(expires) = self.expires.filter(|_| kept) {
+            let (control, until) = match expires {
+                Expires::Epoch => ("no-cache".to_owned(), SystemTime::UNIX_EPOCH),
+                Expires::Max => (format!("max-age={}", FOR_EVER.as_secs()), now + FOR_EVER),
+                Expires::After(time) => (format!("max-age={}", time.as_secs()), now + time),
+            };
+            if let (Ok(control), Ok(until)) =
+                (HeaderValue::from_str(&control), HeaderValue::from_str(&httpdate::fmt_http_date(until)))
+            {
+                headers.insert(header::CACHE_CONTROL, control);
+                headers.insert(header::EXPIRES, until);
+            }
+        }
+        self.apply(headers);
+    }
+}

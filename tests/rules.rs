@@ -1,0 +1,341 @@
+//! What a route says beyond its file or script: whose requests it takes, who may, redirects, plain answers, headers.
+
+mod support;
+
+use std::time::Duration;
+
+use support::{
+    gate::eventually,
+    http::{self, Response},
+    process::Slackwater,
+    scripted_fpm::{Behaviour, ScriptedFpm},
+};
+
+async fn proxy(fpm: &ScriptedFpm, site: &str) -> Slackwater {
+    proxy_with(fpm, "", site).await
+}
+
+async fn proxy_with(fpm: &ScriptedFpm, upstreams: &str, site: &str) -> Slackwater {
+    let toml = format!(
+        r#"
+        [listen]
+        http = ["{{HTTP}}"]
+        ops = "{{OPS}}"
+        admin = "{{ADMIN}}"
+        trusted_proxies = ["127.0.0.1"]
+        {upstreams}
+        [upstream.php.set.blue]
+        endpoints = ["{}"]
+        [[site]]
+        root = "{{DIR}}"
+        php_root = "/app"
+        upstream = "php"
+        {site}
+        "#,
+        fpm.address()
+    );
+    Slackwater::start(&toml).await
+}
+
+async fn get(proxy: &Slackwater, path: &str, headers: &[(&str, &str)]) -> Response {
+    http::send(proxy.http(), "GET", path, headers, b"").await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn redirects_keep_host_port_and_query_and_nothing_gets_into_the_header() {
+    let fpm = ScriptedFpm::start(Behaviour::hello("blue")).await;
+    let proxy = proxy(
+        &fpm,
+        r#"
+        [[site.route]]
+        path = "/old/*"
+        redirect = { to = "https://$http_host$request_uri", status = 301 }
+        [[site.route]]
+        path = "~^/blog/(?<year>[0-9]+)/(.*)$"
+        redirect = { to = "/archive/$year/$2?from=$remote_addr&$args", status = 308 }
+        [[site.route]]
+        path = "/query"
+        redirect = { to = "/new?next=$arg_next" }
+        "#,
+    )
+    .await;
+    let moved = get(&proxy, "/old/a%20b?x=1", &[("Host", "example.com:8443")]).await;
+    assert_eq!((moved.status, moved.header("location")), (301, Some("https://example.com:8443/old/a%20b?x=1")));
+    let moved = get(&proxy, "/blog/2026/caf%C3%A9%20?p=2", &[("X-Forwarded-For", "192.0.2.9")]).await;
+    assert_eq!((moved.status, moved.header("location")), (308, Some("/archive/2026/caf%C3%A9%20?from=192.0.2.9&p=2")));
+    let moved = get(&proxy, "/query?next=a%0d%0aSet-Cookie:x=1", &[]).await;
+    assert_eq!((moved.status, moved.header("location")), (302, Some("/new?next=a%0d%0aSet-Cookie:x=1")));
+    assert_eq!(moved.header("set-cookie"), None);
+    let head = http::send(proxy.http(), "HEAD", "/old/x", &[], b"").await.unwrap();
+    assert_eq!((head.status, head.body.len()), (301, 0));
+    assert!(fpm.requests().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn plain_answers_and_who_may() {
+    let fpm = ScriptedFpm::start(Behaviour::hello("blue")).await;
+    let site = |more: &str| {
+        format!(
+            r#"
+            [[site.route]]
+            path = "/ping"
+            respond = {{ body = "pong $remote_addr\n" }}
+            [[site.route]]
+            path = "/gone/*"
+            respond = {{ status = 410, body = "<h1>gone</h1>", type = "text/html" }}
+            [[site.route]]
+            path = "/admin/*"
+            allow = ["10.0.0.0/8"]
+            deny = ["10.6.6.6"]
+            {more}
+            "#
+        )
+    };
+    let proxy = proxy(&fpm, &site("")).await;
+    let pong = get(&proxy, "/ping", &[]).await;
+    assert_eq!(
+        (pong.status, pong.text().as_str(), pong.header("content-type")),
+        (200, "pong 127.0.0.1\n", Some("text/plain; charset=utf-8"))
+    );
+    let gone = get(&proxy, "/gone/x", &[]).await;
+    assert_eq!((gone.status, gone.text().as_str(), gone.header("content-type")), (410, "<h1>gone</h1>", Some("text/html")));
+    for (from, status) in [("10.1.2.3", 200), ("10.6.6.6", 403), ("192.0.2.1", 403)] {
+        assert_eq!(get(&proxy, "/admin/x", &[("X-Forwarded-For", from)]).await.status, status, "{from}");
+    }
+    assert_eq!(fpm.requests().len(), 1);
+    eventually("both are in the access log", async || {
+        let lines = proxy.log_json();
+        let refused = lines.iter().filter(|line| line["path"] == "/admin/x" && line["cause"] == "forbidden").count();
+        if refused == 2 { Ok(()) } else { Err(format!("{refused} are")) }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn headers_of_answers_and_of_what_php_sees() {
+    let fpm =
+        ScriptedFpm::start(Behaviour::hello("blue").header("X-Powered-By", "PHP/8.2").header("X-Frame-Options", "ALLOWALL")).await;
+    let proxy = proxy(
+        &fpm,
+        r#"
+        headers = { set = { X-Frame-Options = "DENY", X-Site = "$host" }, remove = ["X-Powered-By"] }
+        request_headers = { set = { X-Scheme = "$scheme" }, remove = ["X-Secret"] }
+        [[site.route]]
+        path = "/assets/*"
+        files = "or-404"
+        expires = "30d"
+        headers = { add = { Link = "</a.css>; rel=preload", X-Empty = "$arg_none" }, remove = ["X-Site"] }
+        "#,
+    )
+    .await;
+    std::fs::create_dir(proxy.folder().join("assets")).unwrap();
+    std::fs::write(proxy.folder().join("assets/a.css"), "a {}").unwrap();
+    let php = get(&proxy, "/index.php", &[("Host", "Example.com:80"), ("X-Secret", "1"), ("X-Forwarded-Proto", "https")]).await;
+    assert_eq!(
+        (php.header_all("x-frame-options"), php.header("x-powered-by"), php.header("x-site")),
+        (vec!["DENY"], None, Some("example.com"))
+    );
+    let request = &fpm.requests()[0];
+    assert_eq!((request.param("HTTP_X_SCHEME").as_deref(), request.param("HTTP_X_SECRET")), (Some("https"), None));
+    let file = get(&proxy, "/assets/a.css", &[]).await;
+    assert_eq!((file.status, file.header("cache-control"), file.header("x-site")), (200, Some("max-age=2592000"), None));
+    assert_eq!((file.header("link"), file.header("x-empty")), (Some("</a.css>; rel=preload"), None));
+    assert_eq!(file.header("x-frame-options"), Some("DENY"), "the site's stay");
+    let until = httpdate::parse_http_date(file.header("expires").unwrap()).unwrap();
+    let days = until.duration_since(std::time::SystemTime::now()).unwrap();
+    assert!(days > Duration::from_secs(29 * 86_400) && days <= Duration::from_secs(30 * 86_400));
+    let missing = get(&proxy, "/assets/b.css", &[]).await;
+    assert_eq!((missing.status, missing.header("cache-control"), missing.header("x-frame-options")), (404, None, Some("DENY")));
+}
+
+/// Of routes with one path the first whose `when` holds.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_request_carries_chooses_its_route() {
+    let fpm = ScriptedFpm::start(Behaviour::hello("blue")).await;
+    let proxy = proxy(
+        &fpm,
+        r#"
+        [[site.route]]
+        path = "/*"
+        when = { cookie = "bypass=secret" }
+        [[site.route]]
+        path = "/*"
+        when = { from = ["10.0.0.0/8"], header = "X-Debug: *" }
+        respond = { body = "debug" }
+        [[site.route]]
+        path = "/*"
+        respond = { status = 503, body = "back soon" }
+        "#,
+    )
+    .await;
+    assert_eq!(get(&proxy, "/", &[]).await.status, 503);
+    assert_eq!(get(&proxy, "/", &[("Cookie", "bypass=secret")]).await.status, 200);
+    assert_eq!(get(&proxy, "/", &[("X-Debug", "1")]).await.status, 503);
+    assert_eq!(get(&proxy, "/", &[("X-Debug", "1"), ("X-Forwarded-For", "10.0.0.9")]).await.text(), "debug");
+}
+
+/// What stands at the site is the default of its routes, and a route's own word wins.
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_of_a_site_are_the_default_of_its_routes() {
+    let fpm = ScriptedFpm::start(Behaviour::hello("blue")).await;
+    let proxy = proxy(
+        &fpm,
+        r#"
+        expires = "1h"
+        [[site]]
+        hosts = ["old.example"]
+        redirect = { to = "https://new.example$request_uri", status = 301 }
+        [[site.route]]
+        path = "/robots.txt"
+        respond = { body = "User-agent: *\n" }
+        [[site]]
+        hosts = ["gone.example"]
+        respond = { status = 410 }
+        [[site]]
+        hosts = ["closed.example"]
+        php_root = "/app"
+        upstream = "php"
+        allow = ["10.0.0.0/8"]
+        deny = ["10.6.6.6"]
+        [[site.route]]
+        path = "/open"
+        allow = []
+        "#,
+    )
+    .await;
+    std::fs::write(proxy.folder().join("a.css"), "a {}").unwrap();
+    assert_eq!(get(&proxy, "/a.css", &[]).await.header("cache-control"), Some("max-age=3600"));
+    let old = get(&proxy, "/x?y", &[("Host", "old.example")]).await;
+    assert_eq!((old.status, old.header("location")), (301, Some("https://new.example/x?y")));
+    assert_eq!(get(&proxy, "/robots.txt", &[("Host", "old.example")]).await.text(), "User-agent: *\n");
+    assert_eq!(get(&proxy, "/x", &[("Host", "gone.example")]).await.status, 410);
+    for (path, from, status) in [
+        ("/", "10.1.1.1", 200),
+        ("/", "10.6.6.6", 403),
+        ("/", "192.0.2.1", 403),
+        ("/open", "192.0.2.1", 200),
+        ("/open", "10.6.6.6", 403),
+    ] {
+        let response = get(&proxy, path, &[("Host", "closed.example"), ("X-Forwarded-For", from)]).await;
+        assert_eq!(response.status, status, "{path} from {from}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rewrite_goes_on_with_another_path_and_internal_routes_are_for_it_alone() {
+    let fpm = ScriptedFpm::start(Behaviour::hello("blue")).await;
+    let proxy = proxy(
+        &fpm,
+        r#"
+        [[site.route]]
+        path = "~^/shop/(?<item>[^/]+)$"
+        rewrite = "/index.php?item=$item"
+        [[site.route]]
+        path = "~^/files/(.*)$"
+        rewrite = "/private/$1"
+        [[site.route]]
+        path = "/private/*"
+        internal = true
+        files = "or-404"
+        [[site.route]]
+        path = "/circle"
+        rewrite = "/circle"
+        [[site]]
+        hosts = ["inner.example"]
+        php_root = "/app"
+        upstream = "php"
+        rewrite = "/app.php"
+        internal = true
+        [[site.route]]
+        path = "/app.php"
+        script = "/app.php"
+        internal = false
+        "#,
+    )
+    .await;
+    std::fs::create_dir(proxy.folder().join("private")).unwrap();
+    std::fs::write(proxy.folder().join("private/a b.txt"), "inside").unwrap();
+    assert_eq!(get(&proxy, "/shop/blue%26?page=2", &[]).await.status, 200);
+    let request = &fpm.requests()[0];
+    assert_eq!(request.param("QUERY_STRING").as_deref(), Some("item=blue%26&page=2"));
+    assert_eq!(request.param("REQUEST_URI").as_deref(), Some("/shop/blue%26?page=2"), "as the client has sent it");
+    assert_eq!(get(&proxy, "/files/a%20b.txt", &[]).await.text(), "inside");
+    assert_eq!(get(&proxy, "/private/a%20b.txt", &[]).await.status, 404, "by its own path nobody gets it");
+    assert_eq!(get(&proxy, "/files/../private/a%20b.txt", &[]).await.status, 404);
+    assert_eq!(get(&proxy, "/files/%2e%2e/%2e%2e/etc/passwd", &[]).await.status, 400);
+    assert_eq!(get(&proxy, "/circle", &[]).await.status, 500);
+    assert_eq!(get(&proxy, "/x", &[("Host", "inner.example")]).await.status, 404, "internal from the start");
+    assert_eq!(get(&proxy, "/app.php", &[("Host", "inner.example")]).await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn error_pages_are_files_scripts_or_redirects_and_phps_own_stay() {
+    let own = Behaviour::answers(404, &[("Content-Type", "text/html")], "PHP says no");
+    let page = Behaviour::answers(200, &[("Content-Type", "text/html"), ("X-Page", "1")], "sorry");
+    let fpm = ScriptedFpm::builder(Behaviour::hello("blue")).on("/index.php?own", own).on("/error.php", page).start().await;
+    let gone = ScriptedFpm::start(Behaviour::hello("blue")).await;
+    let dead = gone.address();
+    gone.dies().await;
+    let site = r#"
+        scripts = ["/index.php", "/error.php"]
+        error_page = { "404" = "/404.html", "502-504" = "/50x.html" }
+        [[site.route]]
+        path = "/404.html"
+        internal = true
+        [[site.route]]
+        path = "/assets/*"
+        files = "or-404"
+        [[site.route]]
+        path = "/closed/*"
+        deny = ["0.0.0.0/0"]
+        error_page = { "403" = "/error.php" }
+        [[site.route]]
+        path = "/lost/*"
+        files = "or-404"
+        error_page = { "404" = "https://example.com/lost" }
+        [[site.route]]
+        path = "/missing/*"
+        files = "or-404"
+        error_page = { "404" = "/none.html" }
+        [[site.route]]
+        path = "/none.html"
+        files = "or-404"
+        [[site.route]]
+        path = "/dead"
+        script = "/index.php"
+        upstream = "dead"
+        [[site.route]]
+        path = "/50x.html"
+        [[site.route]]
+        path = "/try/*"
+        try_files = ["$uri", "=404"]
+        "#;
+    let toml_dead = format!("[upstream.dead.set.blue]\nendpoints = [\"{dead}\"]\n");
+    let proxy = proxy_with(&fpm, &toml_dead, site).await;
+    for (name, text) in [("404.html", "not here"), ("50x.html", "broken")] {
+        std::fs::write(proxy.folder().join(name), text).unwrap();
+    }
+    let missing = get(&proxy, "/assets/x.css", &[("Range", "bytes=0-1"), ("If-None-Match", "*")]).await;
+    assert_eq!((missing.status, missing.text().as_str(), missing.header("etag")), (404, "not here", None));
+    assert_eq!(get(&proxy, "/try/x", &[]).await.text(), "not here", "also for =404");
+    assert_eq!(get(&proxy, "/404.html", &[]).await.text(), "not here", "internal, and a page for that");
+    let head = http::send(proxy.http(), "HEAD", "/assets/x.css", &[], b"").await.unwrap();
+    assert_eq!((head.status, head.body.len()), (404, 0));
+    assert_eq!(get(&proxy, "/index.php?own", &[]).await.text(), "PHP says no");
+    let closed = http::send(proxy.http(), "POST", "/closed/x", &[], b"secret=1").await.unwrap();
+    assert_eq!((closed.status, closed.text().as_str(), closed.header("x-page")), (403, "sorry", Some("1")));
+    let asked = fpm.requests().into_iter().find(|r| r.param("SCRIPT_NAME").as_deref() == Some("/error.php")).unwrap();
+    assert_eq!((asked.method().as_str(), asked.param("REQUEST_URI").as_deref()), ("GET", Some("/closed/x")));
+    let lost = get(&proxy, "/lost/x", &[]).await;
+    assert_eq!((lost.status, lost.header("location")), (302, Some("https://example.com/lost")));
+    let plain = get(&proxy, "/missing/x", &[]).await;
+    assert_eq!((plain.status, plain.text().as_str()), (404, "404 Not Found\n"));
+    assert!(proxy.log_text().contains("the error page cannot be shown"));
+    let broken = get(&proxy, "/dead", &[]).await;
+    assert_eq!((broken.status, broken.text().as_str()), (502, "broken"));
+    let line = eventually("it is in the access log", async || {
+        proxy.log_json().into_iter().rfind(|line| line["path"] == "/dead").ok_or_else(|| proxy.log_text())
+    })
+    .await;
+    assert_eq!((line["status"].as_u64(), line["cause"].as_str()), (Some(502), Some("connect_failed")));
+}
