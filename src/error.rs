@@ -29,6 +29,10 @@ pub enum Kind {
     MethodNotAllowed,
     ParamTooLong,
     UpgradeRefused,
+    /// `limit`, by rate.
+    TooOften,
+    /// `limit`, by number at once.
+    TooManyAtOnce,
     /// The client left before there was an answer.
     ClientLeft,
     Starting,
@@ -56,7 +60,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    pub const ALL: [Kind; 33] = [
+    pub const ALL: [Kind; 35] = [
         Kind::BadRequest,
         Kind::BadPath,
         Kind::UriTooLong,
@@ -71,6 +75,8 @@ impl Kind {
         Kind::MethodNotAllowed,
         Kind::ParamTooLong,
         Kind::UpgradeRefused,
+        Kind::TooOften,
+        Kind::TooManyAtOnce,
         Kind::ClientLeft,
         Kind::Starting,
         Kind::NoUpstream,
@@ -110,6 +116,8 @@ impl Kind {
             Kind::MethodNotAllowed => (405, "method_not_allowed", Client),
             Kind::ParamTooLong => (431, "param_too_long", Client),
             Kind::UpgradeRefused => (501, "upgrade_refused", Client),
+            Kind::TooOften => (429, "too_often", Client),
+            Kind::TooManyAtOnce => (429, "too_many_at_once", Client),
             Kind::ClientLeft => (499, "client_left", Client),
             Kind::Starting => (503, "starting", Us),
             Kind::NoUpstream => (503, "no_upstream", Us),
@@ -169,7 +177,7 @@ pub struct Error {
     pub retry: Retry,
     /// For the log; never sent to a client.
     pub detail: String,
-    /// On a 503: seconds after which it may be worth while to come again.
+    /// On a 503 or 429: seconds after which it may be worth while to come again.
     retry_after: u64,
 }
 
@@ -204,9 +212,9 @@ impl Error {
         response
     }
 
-    /// Retry-After, on every 503.
+    /// Retry-After, on every 503 and 429.
     pub fn say_when(&self, headers: &mut http::HeaderMap) {
-        if self.kind.status() == StatusCode::SERVICE_UNAVAILABLE {
+        if matches!(self.kind.status(), StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS) {
             headers.insert(RETRY_AFTER, HeaderValue::from(self.retry_after));
         }
     }

@@ -5,7 +5,7 @@ mod support;
 use std::time::Duration;
 
 use support::{
-    gate::eventually,
+    gate::{Gate, eventually},
     http::{self, Response},
     process::Slackwater,
     scripted_fpm::{Behaviour, ScriptedFpm},
@@ -338,4 +338,113 @@ async fn error_pages_are_files_scripts_or_redirects_and_phps_own_stay() {
     })
     .await;
     assert_eq!((line["status"].as_u64(), line["cause"].as_str()), (Some(502), Some("connect_failed")));
+}
+
+/// PHP looks who may have a file, and Slackwater sends it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_php_names_is_sent_and_no_other() {
+    let leads = |to: &str| {
+        Behaviour::answers(
+            200,
+            &[("X-Accel-Redirect", to), ("Content-Type", "application/pdf"), ("Set-Cookie", "seen=1")],
+            "PHP's body",
+        )
+    };
+    let fpm = ScriptedFpm::builder(Behaviour::hello("blue"))
+        .on("/index.php?file", leads("/private/a%20b.pdf"))
+        .on("/index.php?missing", leads("/private/none.pdf"))
+        .on("/index.php?public", leads("/public/a.pdf"))
+        .on("/index.php?out", leads("/private/../../etc/passwd"))
+        .on("/index.php?circle", leads("/again"))
+        .on("/again.php", leads("/again"))
+        .start()
+        .await;
+    let proxy = proxy(
+        &fpm,
+        r#"
+        error_page = { "404" = "/404.html" }
+        [[site.route]]
+        path = "/private/*"
+        internal = true
+        files = "or-404"
+        [[site.route]]
+        path = "/public/*"
+        files = "or-404"
+        [[site.route]]
+        path = "/again"
+        internal = true
+        script = "/again.php"
+        [[site.route]]
+        path = "/404.html"
+        internal = true
+        "#,
+    )
+    .await;
+    for folder in ["private", "public"] {
+        std::fs::create_dir(proxy.folder().join(folder)).unwrap();
+    }
+    std::fs::write(proxy.folder().join("private/a b.pdf"), "0123456789").unwrap();
+    std::fs::write(proxy.folder().join("public/a.pdf"), "public").unwrap();
+    std::fs::write(proxy.folder().join("404.html"), "not here").unwrap();
+    let file = http::send(proxy.http(), "POST", "/index.php?file", &[("Range", "bytes=2-3")], b"x").await.unwrap();
+    assert_eq!((file.status, file.text().as_str(), file.header("content-range")), (206, "23", Some("bytes 2-3/10")));
+    assert_eq!((file.header("content-type"), file.header("set-cookie")), (Some("application/pdf"), Some("seen=1")));
+    assert_eq!(file.header("x-accel-redirect"), None);
+    let missing = get(&proxy, "/index.php?missing", &[]).await;
+    assert_eq!((missing.status, missing.text().as_str()), (404, "not here"));
+    for query in ["public", "out", "circle"] {
+        let response = get(&proxy, &format!("/index.php?{query}"), &[]).await;
+        assert_eq!(
+            (response.status, response.text().as_str(), response.header("x-accel-redirect")),
+            (500, "500 Internal Server Error\n", None),
+            "{query}"
+        );
+    }
+    assert_eq!(get(&proxy, "/private/a%20b.pdf", &[]).await.status, 404);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_asks_too_often_or_for_too_much_at_once_gets_429() {
+    let gate = Gate::closed();
+    let held = Behaviour::hello("blue").holds_answer(&gate);
+    let fpm = ScriptedFpm::builder(Behaviour::hello("blue")).on("/slow.php", held).start().await;
+    let proxy = proxy(
+        &fpm,
+        r#"
+        scripts = ["/*.php"]
+        limit = { by = "$remote_addr", rate = "5/h", burst = 2 }
+        error_page = { "429" = "/slowly.html" }
+        [[site.route]]
+        path = "/slow.php"
+        limit = { by = "$cookie_session", concurrent = 2 }
+        [[site.route]]
+        path = "/slowly.html"
+        internal = true
+        "#,
+    )
+    .await;
+    std::fs::write(proxy.folder().join("slowly.html"), "slowly").unwrap();
+    let from = async |address: &str| get(&proxy, "/index.php", &[("X-Forwarded-For", address)]).await;
+    for n in 0..7 {
+        assert_eq!(from("192.0.2.1").await.status, 200, "{n}");
+    }
+    for _ in 0..3 {
+        let refused = from("192.0.2.1").await;
+        assert_eq!((refused.status, refused.text().as_str()), (429, "slowly"));
+        assert_eq!(refused.header("retry-after"), Some("30"), "one in 720 s, and 30 s at most");
+    }
+    assert_eq!(from("192.0.2.2").await.status, 200, "each address has its own");
+    let address = proxy.http();
+    let slow = |session: &'static str| {
+        tokio::spawn(async move { http::send(address, "GET", "/slow.php", &[("Cookie", session)], b"").await.unwrap().status })
+    };
+    let running = [slow("session=a"), slow("session=a"), slow("session=b"), slow("other=1"), slow("other=1"), slow("other=1")];
+    gate.wait_reached(6).await;
+    assert_eq!(slow("session=a").await.unwrap(), 429);
+    gate.open();
+    for one in running {
+        assert_eq!(one.await.unwrap(), 200, "without the cookie there is nothing to count by");
+    }
+    assert_eq!(slow("session=a").await.unwrap(), 200, "their places are free again");
+    assert_eq!(proxy.metric(&["slackwater_errors_total", "too_often"]).await, Some(3.0));
 }

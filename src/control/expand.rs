@@ -17,7 +17,7 @@ use super::config::{
 };
 use crate::model::{
     Route, Site, SiteTable,
-    rules::{Action, ErrorPage, When},
+    rules::{Action, ErrorPage, Limit, When},
     settings::{AccessFormat, Buffer, Drain, Listen, Log, LogFormat, ReloadMode},
     site::{Files, Pattern, PhpRoot, Symlinks},
     text::Text,
@@ -355,6 +355,18 @@ fn rules(out: &mut Out, route: &Route) {
         out.key("rewrite", quote(&rewrite.source));
     }
     out.key("internal", route.internal);
+    if let Some(Limit { by, rate, burst, concurrent, .. }) = &route.limit {
+        let rate = rate.map_or_else(String::new, |rate| {
+            let per = match rate.per.as_secs() {
+                1 => "s",
+                60 => "m",
+                _ => "h",
+            };
+            format!(", rate = \"{}/{per}\"", rate.count)
+        });
+        let concurrent = concurrent.map_or_else(String::new, |most| format!(", concurrent = {most}"));
+        out.key("limit", format_args!("{{ by = {}{rate}, burst = {burst}{concurrent} }}", quote(&by.source)));
+    }
     match &route.action {
         None => {}
         Some(Action::Redirect { to, status }) => {

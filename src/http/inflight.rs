@@ -13,7 +13,7 @@ use http::{HeaderValue, Method, Uri, Version};
 use slab::Slab;
 use tokio::time::Instant;
 
-use super::layers::{headers::Filled, request_id::RequestId};
+use super::layers::{headers::Filled, limits::Held, request_id::RequestId};
 use crate::{
     error::{Error, Kind},
     lifecycle::{
@@ -48,6 +48,8 @@ pub struct Record {
     pub way: RefCell<Way>,
     /// What its route changes of the answer's headers.
     pub edits: RefCell<Option<Filled>>,
+    /// Its place under a `limit`.
+    pub held: Cell<Option<Held>>,
 }
 
 /// Where it went.
@@ -81,6 +83,7 @@ impl Record {
             activation: Cell::new(0),
             way: RefCell::default(),
             edits: RefCell::default(),
+            held: Cell::default(),
         })
     }
 
@@ -231,6 +234,7 @@ impl Finish {
 impl Drop for Finish {
     fn drop(&mut self) {
         let record = &self.record;
+        record.held.take();
         self.sinks.registry.0.borrow_mut().try_remove(self.key);
         if !self.whole && record.cause.get().is_none() {
             record.cause.set(Some(Kind::ClientLeft));

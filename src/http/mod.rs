@@ -1,5 +1,6 @@
 //! One request: from its head to the end of its answer's body.
 
+pub mod accel;
 pub mod actions;
 pub mod answer;
 pub mod body;

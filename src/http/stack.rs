@@ -18,7 +18,7 @@ use hyper::body::Incoming;
 use tokio::time::Instant;
 
 use super::{
-    actions,
+    accel, actions,
     answer::{Answer, Content},
     files::{FileRequest, Files, Served},
     forward::{self, Php},
@@ -27,7 +27,7 @@ use super::{
         access, deadline,
         guards::{self, Passed},
         headers::Filled,
-        real_ip,
+        limits, real_ip,
         request_id::RequestId,
     },
     route::{self, Asked, Lookup, Otherwise, Refusal, Script, Step, Target},
@@ -188,7 +188,7 @@ async fn answer(
     *record.edits.borrow_mut() = Filled::new(&route.headers, route.expires, &asks.variables(&route, parts, &path, query));
     let result = match is_hidden {
         true => Err(Error::new(Kind::NotFound, format!("route {} is internal", route.path))),
-        false => asks.by_route(&route, parts, &path, query, body).await,
+        false => asks.answer(&route, parts, &path, query, body).await,
     };
     match asks.error_page(&route, parts, &result).await {
         Some(page) => {
@@ -219,6 +219,46 @@ impl Asks<'_> {
     fn variables<'a>(&'a self, route: &'a Route, parts: &'a Parts, path: &'a [u8], query: Option<&'a str>) -> Variables<'a> {
         let Asks { site, peer, client, record, .. } = self;
         Variables { parts, client, peer, site, route, path, query, id: record.id.as_str() }
+    }
+
+    async fn answer(
+        &self,
+        route: &Arc<Route>,
+        parts: &Parts,
+        path: &[u8],
+        query: Option<&str>,
+        body: Incoming,
+    ) -> Result<Response<Content>, Error> {
+        // Before anything is done for a client that may not, or asks too often.
+        access::check(&route.access, self.client.address)?;
+        if let Some(limit) = &route.limit {
+            self.record.held.set(limits::check(limit, &self.variables(route, parts, path, query))?);
+        }
+        let response = self.by_route(route, parts, path, query, body).await?;
+        self.follow(parts, response).await
+    }
+
+    /// Where PHP says that a file is to be sent instead of its answer: that file, by an internal route, for what could be asked for by its own path would not need PHP's word.
+    async fn follow(&self, parts: &Parts, mut response: Response<Content>) -> Result<Response<Content>, Error> {
+        let Some(accel::Redirect { path, query }) = accel::take(response.headers_mut())? else { return Ok(response) };
+        let php = response.into_parts().0;
+        let mut parts = parts.clone();
+        if parts.method != Method::HEAD {
+            parts.method = Method::GET;
+        }
+        let asked = Asked { method: &parts.method, headers: &parts.headers, from: self.client.address };
+        let route = route::route(self.site, &asked, &path).clone();
+        let shown = String::from_utf8_lossy(&path).into_owned();
+        if !route.internal {
+            let why = format!("X-Accel-Redirect leads to {shown}, whose route is not internal");
+            return Err(Error::new(Kind::Internal, why));
+        }
+        let mut response = self.by_route(&route, &parts, &path, query.as_deref(), Empty::<Bytes>::new()).await?;
+        if accel::take(response.headers_mut())?.is_some() {
+            return Err(Error::new(Kind::Internal, format!("X-Accel-Redirect leads to {shown}, which leads further")));
+        }
+        accel::keep(&php.headers, response.headers_mut());
+        Ok(response)
     }
 
     /// The page that the route has for this outcome. PHP's own pages, whatever their status, are PHP's.
@@ -262,7 +302,7 @@ impl Asks<'_> {
                 let route = route::route(self.site, &asked, path.as_bytes()).clone();
                 let body = Empty::<Bytes>::new();
                 match self.by_route(&route, &parts, path.as_bytes(), None, body).await {
-                    Ok(response) if response.status().is_success() => response,
+                    Ok(response) if response.status().is_success() && !accel::is_in(response.headers()) => response,
                     other => {
                         let why = other.map_or_else(|error| error.to_string(), |response| response.status().to_string());
                         tracing::warn!(id = self.record.id.as_str(), page = path, why, "the error page cannot be shown");
@@ -296,7 +336,7 @@ impl Asks<'_> {
     {
         let Asks { worker, settings, site, peer, client, record } = *self;
         let variables = self.variables(route, parts, path, query);
-        // Before anything is done for a client that may not.
+        // Again: something else may have led here.
         access::check(&route.access, client.address)?;
         if let Some(action) = &route.action {
             let mut response = actions::answer(action, &variables)?;

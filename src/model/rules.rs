@@ -1,6 +1,6 @@
 //! What a route says beyond which file or script answers: whose requests it takes, who may, what is said instead, and which headers go along.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use http::{HeaderName, HeaderValue, StatusCode};
 use ipnet::IpNet;
@@ -30,6 +30,64 @@ pub struct Access {
     pub allow: Vec<IpNet>,
     /// Before `allow`.
     pub deny: Vec<IpNet>,
+}
+
+/// How many requests of one key may come.
+#[derive(Clone)]
+pub struct Limit {
+    pub by: Text,
+    pub rate: Option<Rate>,
+    /// So many more at once, and in the mean of four times as long as it takes to earn them again.
+    pub burst: u32,
+    pub concurrent: Option<u32>,
+    pub counters: Arc<Counters>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rate {
+    pub count: u32,
+    pub per: Duration,
+}
+
+impl Rate {
+    /// Intervals over which a burst is made up for: short ones alone would allow it in each.
+    pub fn long(&self, burst: u32) -> u32 {
+        burst.div_ceil(self.count.max(1)).saturating_mul(4).max(4)
+    }
+}
+
+/// By key, for the whole process.
+pub struct Counters {
+    pub short: Option<pingora_limits::rate::Rate>,
+    pub long: Option<pingora_limits::rate::Rate>,
+    pub at_once: Option<pingora_limits::inflight::Inflight>,
+}
+
+/// Of a sketch, and its hashes: 2 MiB each of two.
+const SLOTS: usize = 65_536;
+const HASHES: usize = 4;
+
+impl Limit {
+    pub fn new(by: Text, rate: Option<Rate>, burst: u32, concurrent: Option<u32>) -> Self {
+        use pingora_limits::{inflight::Inflight, rate};
+        let counter = |intervals: u32| rate.map(|r| rate::Rate::new_with_estimator_config(r.per * intervals, HASHES, SLOTS));
+        let counters = Counters {
+            short: counter(1),
+            long: counter(rate.map_or(1, |r| r.long(burst))),
+            at_once: concurrent.map(|_| Inflight::new()),
+        };
+        Limit { by, rate, burst, concurrent, counters: Arc::new(counters) }
+    }
+}
+
+impl std::fmt::Debug for Limit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "Limit {{ by: {:?}, rate: {:?}, burst: {}, concurrent: {:?} }}",
+            self.by.source, self.rate, self.burst, self.concurrent
+        )
+    }
 }
 
 /// What is shown instead of our own text for a status.

@@ -5,7 +5,7 @@ use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
 use regex::Regex;
 
 use super::{
-    rules::{Access, Action, ErrorPage, ErrorPages, Expires, HeaderEdits, When},
+    rules::{Access, Action, ErrorPage, ErrorPages, Expires, HeaderEdits, Limit, When},
     text::Text,
 };
 
@@ -71,6 +71,7 @@ pub struct Route {
     pub rewrite: Option<Text>,
     /// Only for what was rewritten to it.
     pub internal: bool,
+    pub limit: Option<Limit>,
     /// Instead of a file or a script.
     pub action: Option<Action>,
     /// The first that has the status.

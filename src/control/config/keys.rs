@@ -81,6 +81,7 @@ pub const KEYS: Keys = &[
             "deny",
             "rewrite",
             "internal",
+            "limit",
             "redirect",
             "respond",
             "error_page",
@@ -107,6 +108,7 @@ pub const KEYS: Keys = &[
             "deny",
             "rewrite",
             "internal",
+            "limit",
             "redirect",
             "respond",
             "error_page",
@@ -116,13 +118,14 @@ pub const KEYS: Keys = &[
         ],
     ),
     ("when", &["method", "header", "cookie", "from"]),
+    ("limit", &["by", "rate", "burst", "concurrent"]),
     ("redirect", &["to", "status"]),
     ("respond", &["status", "body", "type"]),
     ("headers", &["set", "add", "remove"]),
     ("request_headers", &["set", "add", "remove"]),
 ];
 
-const ROUTE_LATER: &[&str] = &["basic_auth", "limit", "compress"];
+const ROUTE_LATER: &[&str] = &["basic_auth", "compress"];
 
 /// Keys of the design that this version refuses: silently doing without a `deny` would be worse than not starting.
 pub const LATER: Keys = &[("", &["tls"]), ("site", ROUTE_LATER), ("route", ROUTE_LATER)];

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::model::{
     Route,
-    rules::{Access, Action, ErrorPages, Expires, HeaderEdits, When},
+    rules::{Access, Action, ErrorPages, Expires, HeaderEdits, Limit, When},
     site::{Files, Pattern},
     text::Text,
 };
@@ -49,6 +49,7 @@ pub struct Keys {
     access: Access,
     rewrite: Option<Text>,
     internal: bool,
+    limit: Option<Limit>,
     action: Option<Action>,
     error_pages: ErrorPages,
     headers: HeaderEdits,
@@ -71,6 +72,7 @@ impl Keys {
             access: Access::default(),
             rewrite: None,
             internal: false,
+            limit: None,
             action: None,
             error_pages: Vec::new(),
             headers: HeaderEdits::default(),
@@ -100,6 +102,7 @@ impl Keys {
             },
             rewrite: t.read("rewrite", None, |v| rules::rewrite(v, captures).map(Some)),
             internal: t.read("internal", above.internal, Value::boolean),
+            limit: t.read("limit", above.limit.clone(), |v| rules::limit(v, captures).map(Some)),
             action: action(t, above, captures),
             error_pages: t.read("error_page", above.error_pages.clone(), |v| rules::error_pages(v, &above.error_pages)),
             headers: rules::headers(t.section("headers", "headers"), &above.headers, captures),
@@ -155,6 +158,7 @@ impl Keys {
             access: self.access.clone(),
             rewrite: self.rewrite.clone(),
             internal: self.internal,
+            limit: self.limit.clone(),
             action: self.action.clone(),
             error_pages: self.error_pages.clone(),
             headers: self.headers.clone(),

@@ -1,5 +1,7 @@
 //! `when`, `allow`, `deny`, `redirect`, `respond`, `headers`, `request_headers` and `expires` of a route.
 
+use std::time::Duration;
+
 use http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use ipnet::IpNet;
 
@@ -9,7 +11,7 @@ use super::{
     texts, unit,
 };
 use crate::model::{
-    rules::{Action, ErrorPage, ErrorPages, Expires, HeaderEdits, When},
+    rules::{Action, ErrorPage, ErrorPages, Expires, HeaderEdits, Limit, Rate, When},
     text::Text,
 };
 
@@ -86,6 +88,34 @@ pub fn rewrite(v: &Value<'_>, captures: &[String]) -> Option<Text> {
             "write the new path, as in \"/new/$1\"; to another host leads `redirect`",
         ),
     }
+}
+
+/// A site's is one for all its routes: they share what it counts.
+pub fn limit(v: &Value<'_>, captures: &[String]) -> Option<Limit> {
+    const HELP: &str = "write { by = \"$remote_addr\", rate = \"10/s\", burst = 20, concurrent = 5 }";
+    let mut t = v.reader("limit")?;
+    if !t.has("by") {
+        v.refuse::<()>("`by` is missing", HELP);
+    }
+    if !t.has("rate") && !t.has("concurrent") {
+        v.refuse::<()>("limits nothing", HELP);
+    }
+    let by = t.read("by", None, |v| texts::text(v, captures).map(Some));
+    let rate = t.read("rate", None, |v| {
+        let text = v.text()?;
+        let parsed = text.split_once('/').and_then(|(count, per)| {
+            let per = [("s", 1), ("m", 60), ("h", 3_600)].into_iter().find(|(unit, _)| *unit == per)?.1;
+            Some(Rate { count: count.parse().ok().filter(|count| (1..=1_000_000).contains(count))?, per: Duration::from_secs(per) })
+        });
+        match parsed {
+            Some(rate) => Some(Some(rate)),
+            None => v.refuse(format!("{text:?} is no rate"), "write \"10/s\", \"100/m\" or \"1000/h\""),
+        }
+    });
+    let burst = t.read("burst", 0, |v| v.count_u32(0, 1_000_000));
+    let concurrent = t.read("concurrent", None, |v| v.count_u32(1, 1_000_000).map(Some));
+    t.finish();
+    Some(Limit::new(by?, rate, burst, concurrent))
 }
 
 pub fn redirect(v: &Value<'_>, captures: &[String]) -> Option<Action> {

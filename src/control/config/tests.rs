@@ -421,6 +421,9 @@ fn each_error_of_sites_and_routes_has_its_place_and_says_what_is_right() {
         (route("rewrite = \"new\""), "7:11: `site.route.rewrite`: \"new\" does not begin with a slash\n  help: write the new path, as in \"/new/$1\"; to another host leads `redirect`".into()),
         (route("error_page = { \"200\" = \"/x\" }"), "7:16: `site.route.error_page`: \"200\" is no status of an error\n  help: write \"404\", or a range as \"502-504\", from 400 to 599".into()),
         (route("error_page = { \"404\" = \"x\" }"), "7:24: `site.route.error_page.404`: \"x\" is no page\n  help: write the path of a page of this site, or a URL for a redirect".into()),
+        (route("limit = { rate = \"10/s\" }"), "7:9: `site.route.limit`: `by` is missing\n  help: write { by = \"$remote_addr\", rate = \"10/s\", burst = 20, concurrent = 5 }".into()),
+        (route("limit = { by = \"$remote_addr\" }"), "7:9: `site.route.limit`: limits nothing\n  help: write { by = \"$remote_addr\", rate = \"10/s\", burst = 20, concurrent = 5 }".into()),
+        (route("limit = { by = \"x\", rate = \"10 a second\" }"), "7:28: `site.route.limit.rate`: \"10 a second\" is no rate\n  help: write \"10/s\", \"100/m\" or \"1000/h\"".into()),
         (route("redirect = { status = 301 }"), "7:12: `site.route.redirect`: `to` is missing\n  help: write { to = \"https://$host$request_uri\", status = 301 }".into()),
         (route("redirect = { to = \"/\", status = 300 }"), "7:33: `site.route.redirect.status`: 300 is no redirect\n  help: write 301, 302, 303, 307 or 308".into()),
         (route("redirect = { to = \"/$hots\" }"), "7:19: `site.route.redirect.to`: there is no variable $hots\n  help: did you mean $host?".into()),
@@ -895,6 +898,12 @@ const SAMPLES: &[(&str, &str, &str)] = &[
     ("route", "expires", "\"max\""),
     ("site", "rewrite", "\"/x\""),
     ("site", "internal", "true"),
+    ("site", "limit", "{ by = \"$remote_addr\", rate = \"10/s\" }"),
+    ("route", "limit", "{ by = \"$remote_addr\", concurrent = 3 }"),
+    ("limit", "by", "\"$cookie_session\""),
+    ("limit", "rate", "\"100/m\""),
+    ("limit", "burst", "20"),
+    ("limit", "concurrent", "2"),
     ("site", "error_page", "{ \"404\" = \"/404.html\" }"),
     ("route", "error_page", "{ \"502-504\" = \"https://status.example.com/\" }"),
     ("route", "rewrite", "\"/new$uri\""),
@@ -922,6 +931,9 @@ fn with(section: &str, key: &str, value: &str) -> String {
         ("site", "upstream", "\"php\""),
         ("route", "path", "\"/x\""),
     ];
+    if section == "limit" {
+        keys.extend([("limit", "by", "\"$remote_addr\""), ("limit", "rate", "\"10/s\"")]);
+    }
     if section == "redirect" && key != "to" {
         keys.push(("redirect", "to", "\"/y\""));
     }
@@ -963,6 +975,7 @@ fn with(section: &str, key: &str, value: &str) -> String {
             "kubernetes" => (0, "kubernetes."),
             "site" => (1, ""),
             "when" => (2, "when."),
+            "limit" => (2, "limit."),
             "redirect" => (2, "redirect."),
             "respond" => (2, "respond."),
             "headers" => (2, "headers."),

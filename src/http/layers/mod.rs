@@ -4,5 +4,6 @@ pub mod access;
 pub mod deadline;
 pub mod guards;
 pub mod headers;
+pub mod limits;
 pub mod real_ip;
 pub mod request_id;

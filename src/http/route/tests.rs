@@ -18,6 +18,7 @@ pub(in crate::http) fn a_route(path: &str, pattern: Pattern) -> Route {
         when: When::default(),
         access: Default::default(),
         rewrite: None,
+        limit: None,
         internal: false,
         action: None,
         error_pages: Vec::new(),
