@@ -26,6 +26,8 @@ pub enum Kind {
     NoSite,
     NotFound,
     Forbidden,
+    /// `basic_auth`.
+    Unauthorized,
     MethodNotAllowed,
     ParamTooLong,
     UpgradeRefused,
@@ -60,7 +62,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    pub const ALL: [Kind; 35] = [
+    pub const ALL: [Kind; 36] = [
         Kind::BadRequest,
         Kind::BadPath,
         Kind::UriTooLong,
@@ -72,6 +74,7 @@ impl Kind {
         Kind::NoSite,
         Kind::NotFound,
         Kind::Forbidden,
+        Kind::Unauthorized,
         Kind::MethodNotAllowed,
         Kind::ParamTooLong,
         Kind::UpgradeRefused,
@@ -113,6 +116,7 @@ impl Kind {
             Kind::NoSite => (421, "no_site", Client),
             Kind::NotFound => (404, "not_found", Client),
             Kind::Forbidden => (403, "forbidden", Client),
+            Kind::Unauthorized => (401, "unauthorized", Client),
             Kind::MethodNotAllowed => (405, "method_not_allowed", Client),
             Kind::ParamTooLong => (431, "param_too_long", Client),
             Kind::UpgradeRefused => (501, "upgrade_refused", Client),

@@ -448,3 +448,50 @@ async fn who_asks_too_often_or_for_too_much_at_once_gets_429() {
     assert_eq!(slow("session=a").await.unwrap(), 200, "their places are free again");
     assert_eq!(proxy.metric(&["slackwater_errors_total", "too_often"]).await, Some(3.0));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_password_is_asked_for_and_a_changed_file_is_seen() {
+    let fpm = ScriptedFpm::start(Behaviour::hello("blue")).await;
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("htpasswd");
+    // Of `openssl passwd -apr1`: "password".
+    std::fs::write(&file, "ann:$apr1$lZL6V/ci$eIMz/iKDkbtys/uU7LEK00\n").unwrap();
+    let site = format!(
+        r#"
+        basic_auth = {{ realm = "members", file = "{}" }}
+        [[site.route]]
+        path = "/open.php"
+        script = "/index.php"
+        basic_auth = "off"
+        [[site.route]]
+        path = "/lost/*"
+        basic_auth = {{ file = "/nobody/has/this" }}
+        "#,
+        file.display()
+    );
+    let proxy = proxy(&fpm, &site).await;
+    let basic = |user: &str| format!("Basic {}", base64::Engine::encode(&base64::engine::general_purpose::STANDARD, user));
+    let status = async |path: &str, user: &str| get(&proxy, path, &[("Authorization", &basic(user))]).await.status;
+    let asked = get(&proxy, "/", &[]).await;
+    assert_eq!((asked.status, asked.header("www-authenticate")), (401, Some("Basic realm=\"members\", charset=\"UTF-8\"")));
+    assert_eq!(get(&proxy, "/open.php", &[]).await.status, 200);
+    assert_eq!(
+        [status("/", "ann:password").await, status("/", "ann:Password").await, status("/", "bob:password").await],
+        [200, 401, 401]
+    );
+    assert_eq!(status("/", "ann:password").await, 200, "remembered");
+    assert_eq!(status("/lost/x", "ann:password").await, 500, "better nobody than everybody");
+    // Her password is another one now, and the old one is forgotten at once when that is seen.
+    std::fs::write(&file, "ann:$apr1$abcdefgh$L.PT565ESX4Tp2bqNs7Ie.:changed\n").unwrap();
+    eventually("the file is read again", async || match status("/", "ann:password").await {
+        401 => Ok(()),
+        other => Err(other.to_string()),
+    })
+    .await;
+    assert_eq!(status("/", "ann:").await, 200);
+    eventually("the user is in the access log", async || {
+        let known = proxy.log_json().iter().any(|line| line["remote_user"] == "ann" && line["status"] == 200);
+        if known { Ok(()) } else { Err(proxy.log_text()) }
+    })
+    .await;
+}

@@ -355,6 +355,13 @@ fn rules(out: &mut Out, route: &Route) {
         out.key("rewrite", quote(&rewrite.source));
     }
     out.key("internal", route.internal);
+    match &route.basic_auth {
+        None => out.key("basic_auth", quote("off")),
+        Some(auth) => {
+            let (realm, file) = (quote(&auth.realm), quote(auth.file.display()));
+            out.key("basic_auth", format_args!("{{ realm = {realm}, file = {file} }}"));
+        }
+    }
     if let Some(Limit { by, rate, burst, concurrent, .. }) = &route.limit {
         let rate = rate.map_or_else(String::new, |rate| {
             let per = match rate.per.as_secs() {

@@ -48,6 +48,8 @@ pub struct Record {
     pub way: RefCell<Way>,
     /// What its route changes of the answer's headers.
     pub edits: RefCell<Option<Filled>>,
+    /// Who it is, by `basic_auth`.
+    pub user: RefCell<Option<String>>,
     /// Its place under a `limit`.
     pub held: Cell<Option<Held>>,
 }
@@ -83,6 +85,7 @@ impl Record {
             activation: Cell::new(0),
             way: RefCell::default(),
             edits: RefCell::default(),
+            user: RefCell::default(),
             held: Cell::default(),
         })
     }
@@ -270,7 +273,7 @@ impl Drop for Finish {
                 id: record.id.as_str(),
                 site: &site,
                 remote_addr: record.client,
-                remote_user: "",
+                remote_user: record.user.borrow().as_deref().unwrap_or_default(),
                 method: record.method.as_str(),
                 path: record.uri.path(),
                 query: record.uri.query(),

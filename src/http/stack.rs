@@ -24,7 +24,7 @@ use super::{
     forward::{self, Php},
     inflight::{Finish, Record, Sinks},
     layers::{
-        access, deadline,
+        access, auth, deadline,
         guards::{self, Passed},
         headers::Filled,
         limits, real_ip,
@@ -37,7 +37,13 @@ use super::{
 use crate::{
     error::{Error, Kind},
     lifecycle::PhaseCell,
-    model::{Peer, Route, Settings, Site, names::X_REQUEST_ID, peer::ClientInfo, rules::ErrorPage, site::Symlinks},
+    model::{
+        Peer, Route, Settings, Site,
+        names::X_REQUEST_ID,
+        peer::ClientInfo,
+        rules::{BasicAuth, ErrorPage},
+        site::Symlinks,
+    },
     upstream::Dispatcher,
 };
 
@@ -234,8 +240,27 @@ impl Asks<'_> {
         if let Some(limit) = &route.limit {
             self.record.held.set(limits::check(limit, &self.variables(route, parts, path, query))?);
         }
+        if let Some(asked) = &route.basic_auth
+            && !self.is_known(asked, parts).await?
+        {
+            self.record.cause.set(Some(Kind::Unauthorized));
+            let mut response = status(StatusCode::UNAUTHORIZED, &[]);
+            if let Some(challenge) = auth::challenge(&asked.realm) {
+                response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge);
+            }
+            return Ok(response);
+        }
         let response = self.by_route(route, parts, path, query, body).await?;
         self.follow(parts, response).await
+    }
+
+    async fn is_known(&self, asked: &BasicAuth, parts: &Parts) -> Result<bool, Error> {
+        let Some((user, password)) = auth::credentials(&parts.headers) else { return Ok(false) };
+        let right = auth::is_right(&self.worker.buffers.pool, &asked.file, user.clone(), password).await?;
+        if right {
+            *self.record.user.borrow_mut() = Some(user);
+        }
+        Ok(right)
     }
 
     /// Where PHP says that a file is to be sent instead of its answer: that file, by an internal route, for what could be asked for by its own path would not need PHP's word.
@@ -312,8 +337,13 @@ impl Asks<'_> {
             }
         };
         *response.status_mut() = status;
-        if let Err(error) = result {
-            error.say_when(response.headers_mut());
+        match result {
+            Err(error) => error.say_when(response.headers_mut()),
+            Ok(bare) => {
+                if let Some(challenge) = bare.headers().get(header::WWW_AUTHENTICATE) {
+                    response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge.clone());
+                }
+            }
         }
         // They are those of the page, which is not what was asked for.
         for name in [header::ETAG, header::LAST_MODIFIED, header::ACCEPT_RANGES] {

@@ -1,6 +1,6 @@
 //! What a route says beyond which file or script answers: whose requests it takes, who may, what is said instead, and which headers go along.
 
-use std::{sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use http::{HeaderName, HeaderValue, StatusCode};
 use ipnet::IpNet;
@@ -30,6 +30,14 @@ pub struct Access {
     pub allow: Vec<IpNet>,
     /// Before `allow`.
     pub deny: Vec<IpNet>,
+}
+
+/// User and password.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BasicAuth {
+    pub realm: String,
+    /// Of Apache's htpasswd.
+    pub file: PathBuf,
 }
 
 /// How many requests of one key may come.

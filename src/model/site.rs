@@ -5,7 +5,7 @@ use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
 use regex::Regex;
 
 use super::{
-    rules::{Access, Action, ErrorPage, ErrorPages, Expires, HeaderEdits, Limit, When},
+    rules::{Access, Action, BasicAuth, ErrorPage, ErrorPages, Expires, HeaderEdits, Limit, When},
     text::Text,
 };
 
@@ -72,6 +72,7 @@ pub struct Route {
     /// Only for what was rewritten to it.
     pub internal: bool,
     pub limit: Option<Limit>,
+    pub basic_auth: Option<BasicAuth>,
     /// Instead of a file or a script.
     pub action: Option<Action>,
     /// The first that has the status.

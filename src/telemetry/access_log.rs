@@ -173,6 +173,7 @@ fn json(out: &mut Vec<u8>, clock: &mut Clock, entry: &Entry<'_>) {
     json_text(out, "site", entry.site);
     // Writing to a Vec cannot fail.
     let _ = write!(out, ",\"remote_addr\":\"{}\"", entry.remote_addr);
+    json_text(out, "remote_user", entry.remote_user);
     json_text(out, "method", entry.method);
     json_text(out, "path", entry.path);
     json_text(out, "query", entry.query.unwrap_or_default());

@@ -82,6 +82,7 @@ pub const KEYS: Keys = &[
             "rewrite",
             "internal",
             "limit",
+            "basic_auth",
             "redirect",
             "respond",
             "error_page",
@@ -109,6 +110,7 @@ pub const KEYS: Keys = &[
             "rewrite",
             "internal",
             "limit",
+            "basic_auth",
             "redirect",
             "respond",
             "error_page",
@@ -118,6 +120,7 @@ pub const KEYS: Keys = &[
         ],
     ),
     ("when", &["method", "header", "cookie", "from"]),
+    ("basic_auth", &["realm", "file"]),
     ("limit", &["by", "rate", "burst", "concurrent"]),
     ("redirect", &["to", "status"]),
     ("respond", &["status", "body", "type"]),
@@ -125,7 +128,7 @@ pub const KEYS: Keys = &[
     ("request_headers", &["set", "add", "remove"]),
 ];
 
-const ROUTE_LATER: &[&str] = &["basic_auth", "compress"];
+const ROUTE_LATER: &[&str] = &["compress"];
 
 /// Keys of the design that this version refuses: silently doing without a `deny` would be worse than not starting.
 pub const LATER: Keys = &[("", &["tls"]), ("site", ROUTE_LATER), ("route", ROUTE_LATER)];

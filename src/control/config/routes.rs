@@ -14,7 +14,7 @@ use super::{
 };
 use crate::model::{
     Route,
-    rules::{Access, Action, ErrorPages, Expires, HeaderEdits, Limit, When},
+    rules::{Access, Action, BasicAuth, ErrorPages, Expires, HeaderEdits, Limit, When},
     site::{Files, Pattern},
     text::Text,
 };
@@ -50,6 +50,7 @@ pub struct Keys {
     rewrite: Option<Text>,
     internal: bool,
     limit: Option<Limit>,
+    basic_auth: Option<BasicAuth>,
     action: Option<Action>,
     error_pages: ErrorPages,
     headers: HeaderEdits,
@@ -73,6 +74,7 @@ impl Keys {
             rewrite: None,
             internal: false,
             limit: None,
+            basic_auth: None,
             action: None,
             error_pages: Vec::new(),
             headers: HeaderEdits::default(),
@@ -103,6 +105,7 @@ impl Keys {
             rewrite: t.read("rewrite", None, |v| rules::rewrite(v, captures).map(Some)),
             internal: t.read("internal", above.internal, Value::boolean),
             limit: t.read("limit", above.limit.clone(), |v| rules::limit(v, captures).map(Some)),
+            basic_auth: t.read("basic_auth", above.basic_auth.clone(), rules::basic_auth),
             action: action(t, above, captures),
             error_pages: t.read("error_page", above.error_pages.clone(), |v| rules::error_pages(v, &above.error_pages)),
             headers: rules::headers(t.section("headers", "headers"), &above.headers, captures),
@@ -159,6 +162,7 @@ impl Keys {
             rewrite: self.rewrite.clone(),
             internal: self.internal,
             limit: self.limit.clone(),
+            basic_auth: self.basic_auth.clone(),
             action: self.action.clone(),
             error_pages: self.error_pages.clone(),
             headers: self.headers.clone(),

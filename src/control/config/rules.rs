@@ -1,6 +1,6 @@
 //! `when`, `allow`, `deny`, `redirect`, `respond`, `headers`, `request_headers` and `expires` of a route.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use ipnet::IpNet;
@@ -11,7 +11,7 @@ use super::{
     texts, unit,
 };
 use crate::model::{
-    rules::{Action, ErrorPage, ErrorPages, Expires, HeaderEdits, Limit, Rate, When},
+    rules::{Action, BasicAuth, ErrorPage, ErrorPages, Expires, HeaderEdits, Limit, Rate, When},
     text::Text,
 };
 
@@ -88,6 +88,31 @@ pub fn rewrite(v: &Value<'_>, captures: &[String]) -> Option<Text> {
             "write the new path, as in \"/new/$1\"; to another host leads `redirect`",
         ),
     }
+}
+
+/// "off" for a route of a site that has it.
+pub fn basic_auth(v: &Value<'_>) -> Option<Option<BasicAuth>> {
+    const HELP: &str = "write { realm = \"members\", file = \"/etc/htpasswd\" }, or \"off\"";
+    if let Kind::Text(word) = &v.node.kind {
+        return if word == "off" { Some(None) } else { v.refuse(format!("{word:?} is not known"), HELP) };
+    }
+    let mut t = v.reader("basic_auth")?;
+    if !t.has("file") {
+        v.refuse::<()>("`file` is missing", HELP);
+    }
+    let realm = t.read("realm", String::new(), |v| match v.text()? {
+        text if text.chars().any(char::is_control) => v.refuse("has a control character", "write it in one line"),
+        text => Some(text.to_owned()),
+    });
+    let file = t.read("file", None, |v| v.folder()).map(PathBuf::from);
+    if let Some(file) = &file
+        && let Err(why) = std::fs::File::open(file)
+    {
+        t.report
+            .warn(t.place("file"), format!("{} cannot be read: {why}: until it can every request is answered 500", file.display()));
+    }
+    t.finish();
+    Some(Some(BasicAuth { realm, file: file? }))
 }
 
 /// A site's is one for all its routes: they share what it counts.

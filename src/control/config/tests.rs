@@ -421,6 +421,7 @@ fn each_error_of_sites_and_routes_has_its_place_and_says_what_is_right() {
         (route("rewrite = \"new\""), "7:11: `site.route.rewrite`: \"new\" does not begin with a slash\n  help: write the new path, as in \"/new/$1\"; to another host leads `redirect`".into()),
         (route("error_page = { \"200\" = \"/x\" }"), "7:16: `site.route.error_page`: \"200\" is no status of an error\n  help: write \"404\", or a range as \"502-504\", from 400 to 599".into()),
         (route("error_page = { \"404\" = \"x\" }"), "7:24: `site.route.error_page.404`: \"x\" is no page\n  help: write the path of a page of this site, or a URL for a redirect".into()),
+        (route("basic_auth = { realm = \"a\" }"), "7:14: `site.route.basic_auth`: `file` is missing\n  help: write { realm = \"members\", file = \"/etc/htpasswd\" }, or \"off\"".into()),
         (route("limit = { rate = \"10/s\" }"), "7:9: `site.route.limit`: `by` is missing\n  help: write { by = \"$remote_addr\", rate = \"10/s\", burst = 20, concurrent = 5 }".into()),
         (route("limit = { by = \"$remote_addr\" }"), "7:9: `site.route.limit`: limits nothing\n  help: write { by = \"$remote_addr\", rate = \"10/s\", burst = 20, concurrent = 5 }".into()),
         (route("limit = { by = \"x\", rate = \"10 a second\" }"), "7:28: `site.route.limit.rate`: \"10 a second\" is no rate\n  help: write \"10/s\", \"100/m\" or \"1000/h\"".into()),
@@ -900,6 +901,10 @@ const SAMPLES: &[(&str, &str, &str)] = &[
     ("site", "internal", "true"),
     ("site", "limit", "{ by = \"$remote_addr\", rate = \"10/s\" }"),
     ("route", "limit", "{ by = \"$remote_addr\", concurrent = 3 }"),
+    ("site", "basic_auth", "{ file = \"/etc/passwd\" }"),
+    ("route", "basic_auth", "{ file = \"/etc/passwd\" }"),
+    ("basic_auth", "realm", "\"members\""),
+    ("basic_auth", "file", "\"/etc/group\""),
     ("limit", "by", "\"$cookie_session\""),
     ("limit", "rate", "\"100/m\""),
     ("limit", "burst", "20"),
@@ -931,6 +936,9 @@ fn with(section: &str, key: &str, value: &str) -> String {
         ("site", "upstream", "\"php\""),
         ("route", "path", "\"/x\""),
     ];
+    if section == "basic_auth" && key != "file" {
+        keys.push(("basic_auth", "file", "\"/etc/passwd\""));
+    }
     if section == "limit" {
         keys.extend([("limit", "by", "\"$remote_addr\""), ("limit", "rate", "\"10/s\"")]);
     }
@@ -976,6 +984,7 @@ fn with(section: &str, key: &str, value: &str) -> String {
             "site" => (1, ""),
             "when" => (2, "when."),
             "limit" => (2, "limit."),
+            "basic_auth" => (2, "basic_auth."),
             "redirect" => (2, "redirect."),
             "respond" => (2, "respond."),
             "headers" => (2, "headers."),

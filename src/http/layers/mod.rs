@@ -1,6 +1,8 @@
 //! What every request passes before it is routed, one concern a file.
 
 pub mod access;
+mod apr1;
+pub mod auth;
 pub mod deadline;
 pub mod guards;
 pub mod headers;

@@ -19,6 +19,7 @@ pub(in crate::http) fn a_route(path: &str, pattern: Pattern) -> Route {
         access: Default::default(),
         rewrite: None,
         limit: None,
+        basic_auth: None,
         internal: false,
         action: None,
         error_pages: Vec::new(),

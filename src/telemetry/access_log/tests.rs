@@ -61,7 +61,7 @@ fn json_has_every_field() {
     let line = json_line(&Entry { endpoint: Some(&endpoint), ..entry() });
     let value: serde_json::Value = serde_json::from_str(&line).unwrap();
     let want = serde_json::json!({
-        "time": "2026-11-02T12:34:56.007Z", "id": "abc", "site": "example.com", "remote_addr": "192.0.2.7",
+        "time": "2026-11-02T12:34:56.007Z", "id": "abc", "site": "example.com", "remote_addr": "192.0.2.7", "remote_user": null,
         "method": "GET", "path": "/a", "query": "b=1", "protocol": "HTTP/1.1", "status": 200, "bytes_sent": 1234,
         "request_bytes": 0, "seconds": 1.002003, "upstream": "php", "set": "blue",
         "endpoint": "unix:/run/\"php\".sock", "upstream_seconds": 0.005, "queue_seconds": null, "attempts": 1,
