@@ -128,13 +128,13 @@ fn users(file: &Path) -> Result<Read, String> {
         return Err(format!("it is no file of at most {} MiB", MOST_BYTES >> 20));
     }
     let version = (meta.modified().unwrap_or(SystemTime::UNIX_EPOCH), meta.len());
-    let mut files = lock(&STATE.files);
-    let same = files.get(file).filter(|known| known.version == version).map(|known| known.hashes.clone());
+    let same = lock(&STATE.files).get(file).filter(|known| known.version == version).map(|known| known.hashes.clone());
     let hashes = match same {
         Some(hashes) => hashes,
+        // Without the lock: a file system that hangs holds up those alone who need this file.
         None => Arc::new(parse(&std::fs::read_to_string(file).map_err(|e| e.to_string())?)),
     };
-    files.insert(file.to_owned(), Users { looked: Instant::now(), version, hashes: hashes.clone() });
+    lock(&STATE.files).insert(file.to_owned(), Users { looked: Instant::now(), version, hashes: hashes.clone() });
     Ok((hashes, version))
 }
 
