@@ -288,7 +288,15 @@ async fn error_pages_are_files_scripts_or_redirects_and_phps_own_stay() {
         [[site.route]]
         path = "/closed/*"
         deny = ["0.0.0.0/0"]
+        error_page = { "403" = "/closed.html", "401-429" = "/error.php" }
+        [[site.route]]
+        path = "/secret/*"
+        deny = ["0.0.0.0/0"]
         error_page = { "403" = "/error.php" }
+        [[site.route]]
+        path = "/odd"
+        try_files = ["$uri", "=410"]
+        error_page = { "410" = "/error.php" }
         [[site.route]]
         path = "/lost/*"
         files = "or-404"
@@ -322,10 +330,16 @@ async fn error_pages_are_files_scripts_or_redirects_and_phps_own_stay() {
     let head = http::send(proxy.http(), "HEAD", "/assets/x.css", &[], b"").await.unwrap();
     assert_eq!((head.status, head.body.len()), (404, 0));
     assert_eq!(get(&proxy, "/index.php?own", &[]).await.text(), "PHP says no");
+    std::fs::write(proxy.folder().join("closed.html"), "closed").unwrap();
     let closed = http::send(proxy.http(), "POST", "/closed/x", &[], b"secret=1").await.unwrap();
-    assert_eq!((closed.status, closed.text().as_str(), closed.header("x-page")), (403, "sorry", Some("1")));
+    assert_eq!((closed.status, closed.text().as_str()), (403, "closed"));
+    // A script would see what was asked for, and show it.
+    let secret = get(&proxy, "/secret/x", &[]).await;
+    assert_eq!((secret.status, secret.text().as_str()), (403, "403 Forbidden\n"));
+    let odd = http::send(proxy.http(), "POST", "/odd", &[], b"x=1").await.unwrap();
+    assert_eq!((odd.status, odd.text().as_str(), odd.header("x-page")), (410, "sorry", Some("1")));
     let asked = fpm.requests().into_iter().find(|r| r.param("SCRIPT_NAME").as_deref() == Some("/error.php")).unwrap();
-    assert_eq!((asked.method().as_str(), asked.param("REQUEST_URI").as_deref()), ("GET", Some("/closed/x")));
+    assert_eq!((asked.method().as_str(), asked.param("REQUEST_URI").as_deref()), ("GET", Some("/odd")));
     let lost = get(&proxy, "/lost/x", &[]).await;
     assert_eq!((lost.status, lost.header("location")), (302, Some("https://example.com/lost")));
     let plain = get(&proxy, "/missing/x", &[]).await;
@@ -494,4 +508,59 @@ async fn a_password_is_asked_for_and_a_changed_file_is_seen() {
         if known { Ok(()) } else { Err(proxy.log_text()) }
     })
     .await;
+}
+
+/// What a client chooses gets around no guard.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_guard_is_passed_by_another_way_to_write_a_request() {
+    let fpm = ScriptedFpm::start(Behaviour::hello("blue")).await;
+    let proxy = proxy(
+        &fpm,
+        r#"
+        request_headers = { set = { X-Tenant = "$cookie_tenant" } }
+        [[site.route]]
+        path = "/admin/*"
+        deny = ["0.0.0.0/0"]
+        [[site.route]]
+        path = "/help"
+        rewrite = "/i18n/$arg_lang/help.html"
+        [[site.route]]
+        path = '~^/f(.*)$'
+        rewrite = "/pages/$1"
+        [[site.route]]
+        path = "/private/*"
+        internal = true
+        files = "or-404"
+        [[site.route]]
+        path = '~^/to/(.*)$'
+        redirect = { to = "/$1" }
+        [[site.route]]
+        path = "/counted"
+        script = "/index.php"
+        limit = { by = "$cookie_session", rate = "1/h" }
+        "#,
+    )
+    .await;
+    std::fs::create_dir(proxy.folder().join("private")).unwrap();
+    std::fs::write(proxy.folder().join("private/a.txt"), "inside").unwrap();
+    for path in ["/admin/x", "/index.php/admin/x", "/index.php/x/../admin/x"] {
+        assert_eq!(get(&proxy, path, &[]).await.status, 403, "{path}");
+    }
+    assert_eq!(get(&proxy, "/index.php/blog/x", &[]).await.status, 200);
+    for path in ["/help?lang=../private/a.txt?", "/help?lang=..%2fprivate%2fa.txt%3f", "/f../private/a.txt"] {
+        let response = get(&proxy, path, &[]).await;
+        assert!(response.status == 400 || response.status == 404, "{path}: {}", response.status);
+        assert_ne!(response.text(), "inside");
+    }
+    assert_eq!(get(&proxy, "/to//evil.example", &[]).await.header("location"), Some("/evil.example"));
+    get(&proxy, "/index.php?tenant", &[("X-Tenant", "admin")]).await;
+    let seen = fpm.requests().into_iter().find(|r| r.uri() == "/index.php?tenant").unwrap();
+    assert_eq!(seen.param("HTTP_X_TENANT"), None, "the client's own, where ours is empty");
+    let mut counted = Vec::new();
+    for _ in 0..2 {
+        let mut client = http::Connection::<tokio::net::TcpStream>::open(proxy.http()).await.unwrap();
+        client.send(b"GET /counted HTTP/1.1\r\nHost: a\r\nCookie: x=\xff; session=abc\r\n\r\n").await.unwrap();
+        counted.push(client.read_response("GET").await.unwrap().status);
+    }
+    assert_eq!(counted, [200, 429], "a byte that is no UTF-8 hides no cookie");
 }

@@ -43,10 +43,12 @@ pub fn is_in(headers: &HeaderMap) -> bool {
 
 /// What of PHP's headers goes with the file.
 pub fn keep(php: &HeaderMap, file: &mut HeaderMap) {
-    for name in KEPT {
-        let values: Vec<HeaderValue> = php.get_all(&name).iter().cloned().collect();
+    // Several ranges have a type of their own, with the boundary between them.
+    let is_parts = file.get(header::CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(b"multipart/byteranges"));
+    for name in KEPT.iter().filter(|name| !is_parts || **name != header::CONTENT_TYPE) {
+        let values: Vec<HeaderValue> = php.get_all(name).iter().cloned().collect();
         if !values.is_empty() {
-            file.remove(&name);
+            file.remove(name);
         }
         for value in values {
             file.append(name.clone(), value);

@@ -16,7 +16,12 @@ use crate::{
 pub fn answer(action: &Action, variables: &Variables<'_>) -> Result<Response<Content>, Error> {
     match action {
         Action::Redirect { to, status } => {
-            let to = variables.fill(to, Place::Location);
+            let written = &to.source;
+            let mut to = variables.fill(to, Place::Location);
+            // A path that a variable has made to look like another host.
+            if written.starts_with('/') && !written.starts_with("//") && to.starts_with("//") {
+                to = format!("/{}", to.trim_start_matches('/'));
+            }
             let location = HeaderValue::from_str(&to)
                 .map_err(|_| Error::new(Kind::Internal, format!("the redirect leads to {to:?}, which is no URL")))?;
             let text = format!("{} {}\n", status.as_u16(), status.canonical_reason().unwrap_or("Redirect"));

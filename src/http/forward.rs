@@ -190,7 +190,7 @@ fn hash_key(worker: &Worker, upstream: &str, php: &Php<'_>) -> String {
     let snapshot = worker.dispatcher.store.load();
     match snapshot.upstreams.get(upstream).map(|u| &u.policy.balance) {
         Some(Balance::HashAddress) => php.client.address.to_string(),
-        Some(Balance::HashCookie(name)) => cookie(php.parts, name).unwrap_or_default().to_owned(),
+        Some(Balance::HashCookie(name)) => cookie(&php.parts.headers, name).unwrap_or_default(),
         _ => String::new(),
     }
 }
@@ -224,13 +224,14 @@ struct Guard<'a> {
     held: Option<(Exchange, Ticket)>,
     /// For the reaper: at most so long in all.
     limit: Duration,
+    record: &'a Record,
 }
 
 impl Guard<'_> {
     /// FPM goes on with what it was given: read to the end elsewhere.
     fn reap(&mut self, end: End) {
         if let Some((exchange, ticket)) = self.held.take() {
-            reap(self.dispatcher, exchange, ticket, self.limit, end);
+            reap(self.dispatcher, exchange, ticket, self.record, self.limit, end);
         }
     }
 }
@@ -245,10 +246,11 @@ fn no_exchange() -> Error {
     Error::new(Kind::Internal, "no exchange".to_owned())
 }
 
-fn reap(dispatcher: &Dispatcher, exchange: Exchange, ticket: Ticket, limit: Duration, end: End) {
+fn reap(dispatcher: &Dispatcher, exchange: Exchange, ticket: Ticket, record: &Record, limit: Duration, end: End) {
     ticket.upstream.end(end);
     let bounded = ticket.endpoint().capacity().is_some();
-    dispatcher.reaper.reap(exchange, ticket, limit, bounded);
+    // Under a `limit` it counts as long as FPM works on it, not as long as its client waits.
+    dispatcher.reaper.reap(exchange, (ticket, record.held.take()), limit, bounded);
 }
 
 /// What a failed attempt leaves.
@@ -287,7 +289,8 @@ async fn attempt(
     let read_timeout = php.route.read_timeout.unwrap_or(policy.read_timeout);
     let mut log = PhpLog::new(php.record.id.as_str());
     let exchange = Exchange::start(conn, stdin, stdin_ended);
-    let mut guard = Guard { dispatcher: &worker.dispatcher, held: Some((exchange, ticket)), limit: read_timeout };
+    let mut guard =
+        Guard { dispatcher: &worker.dispatcher, held: Some((exchange, ticket)), limit: read_timeout, record: php.record };
 
     let (head, rest) = {
         let reading = async {
@@ -359,7 +362,9 @@ async fn attempt(
                         ticket.upstream.end(End::ClientLeft);
                         drop(exchange);
                     }
-                    Outcome::ClientLeft(exchange) => reap(&worker.dispatcher, exchange, ticket, read_timeout, End::ClientLeft),
+                    Outcome::ClientLeft(exchange) => {
+                        reap(&worker.dispatcher, exchange, ticket, &record, read_timeout, End::ClientLeft)
+                    }
                 }
                 record.undispatched();
             });

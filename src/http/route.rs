@@ -5,8 +5,9 @@
 
 use std::{borrow::Cow, net::IpAddr, sync::Arc};
 
-use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header::COOKIE};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 
+use super::variables::cookie;
 use crate::{
     error::Kind,
     model::{
@@ -69,10 +70,8 @@ impl Asked<'_> {
             None => self.headers.contains_key(name),
             Some(value) => self.headers.get_all(name).iter().any(|sent| sent == value),
         };
-        let cookies = || self.headers.get_all(COOKIE).iter().filter_map(|v| v.to_str().ok()).flat_map(|v| v.split(';'));
         let cookie = |(name, wanted): &(String, Option<String>)| {
-            let mut pairs = cookies().map(|pair| pair.trim().split_once('=').unwrap_or((pair.trim(), "")));
-            pairs.any(|(key, value)| key == name && wanted.as_ref().is_none_or(|wanted| wanted == value))
+            cookie(self.headers, name).is_some_and(|sent| wanted.as_ref().is_none_or(|wanted| *wanted == sent))
         };
         let from = self.from.to_canonical();
         when.headers.iter().all(header)
@@ -104,7 +103,7 @@ pub fn route<'a>(site: &'a Site, asked: &Asked<'_>, path: &[u8]) -> &'a Arc<Rout
 /// drops it.
 ///
 /// # Errors
-/// As `normalize`.
+/// As `normalize`; `BadPath` also where a variable has brought in a `..`, which would lead to what the route does not mean.
 pub fn rewritten(target: &str, query: Option<&str>) -> Result<(Vec<u8>, Option<String>), Kind> {
     let (path, own) = target.split_once('?').map_or((target, None), |(path, own)| (path, Some(own)));
     let query = match (own, query) {
@@ -116,7 +115,10 @@ pub fn rewritten(target: &str, query: Option<&str>) -> Result<(Vec<u8>, Option<S
             None => format!("{own}&{query}"),
         }),
     };
-    Ok((normalize(path)?.into_owned(), query))
+    let shown = path.replace("%2e", ".").replace("%2E", ".").replace("%2f", "/").replace("%2F", "/");
+    let leads_up = shown.split('/').any(|segment| segment == "..");
+    let path = normalize(path)?.into_owned();
+    if leads_up { Err(Kind::BadPath) } else { Ok((path, query)) }
 }
 
 /// A script to run and what it is told of the path.

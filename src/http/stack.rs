@@ -183,7 +183,7 @@ async fn answer(
             query: query_now,
             id: record.id.as_str(),
         };
-        let (next_path, next_query) = route::rewritten(&variables.fill(rewrite, Place::Location), query_now)
+        let (next_path, next_query) = route::rewritten(&variables.fill(rewrite, Place::Rewrite), query_now)
             .map_err(|kind| Error::new(kind, format!("route {} rewrites to what is no path", route.path)))?;
         (path, query) = (Cow::Owned(next_path), next_query.map(Cow::Owned));
     };
@@ -235,20 +235,31 @@ impl Asks<'_> {
         query: Option<&str>,
         body: Incoming,
     ) -> Result<Response<Content>, Error> {
-        // Before anything is done for a client that may not, or asks too often.
-        access::check(&route.access, self.client.address)?;
-        if let Some(limit) = &route.limit {
-            self.record.held.set(limits::check(limit, &self.variables(route, parts, path, query))?);
-        }
-        if let Some(asked) = &route.basic_auth
-            && !self.is_known(asked, parts).await?
-        {
-            self.record.cause.set(Some(Kind::Unauthorized));
-            let mut response = status(StatusCode::UNAUTHORIZED, &[]);
-            if let Some(challenge) = auth::challenge(&asked.realm) {
-                response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge);
+        // Before anything is done for a client that may not, or asks too often. What guards /admin guards /index.php/admin: to many front controllers that is the same.
+        let behind = route::declared_script(self.site, path).map(|(_, info)| info).filter(|info| !info.is_empty());
+        let asked = Asked { method: &parts.method, headers: &parts.headers, from: self.client.address };
+        let behind = behind.map(|info| route::route(self.site, &asked, info)).filter(|other| !Arc::ptr_eq(other, route));
+        for (nth, guard) in std::iter::once(route).chain(behind).enumerate() {
+            access::check(&guard.access, self.client.address)?;
+            // One that is the site's is the same for both.
+            if let Some(limit) = &guard.limit
+                && (nth == 0 || !route.limit.as_ref().is_some_and(|own| Arc::ptr_eq(&own.counters, &limit.counters)))
+            {
+                let held = limits::check(limit, &self.variables(guard, parts, path, query))?;
+                if nth == 0 || held.is_some() {
+                    self.record.held.set(held);
+                }
             }
-            return Ok(response);
+            if let Some(asked) = &guard.basic_auth
+                && !self.is_known(asked, parts).await?
+            {
+                self.record.cause.set(Some(Kind::Unauthorized));
+                let mut response = status(StatusCode::UNAUTHORIZED, &[]);
+                if let Some(challenge) = auth::challenge(&asked.realm) {
+                    response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge);
+                }
+                return Ok(response);
+            }
         }
         let response = self.by_route(route, parts, path, query, body).await?;
         self.follow(parts, response).await
@@ -326,7 +337,19 @@ impl Asks<'_> {
                 let asked = Asked { method: &parts.method, headers: &parts.headers, from: self.client.address };
                 let route = route::route(self.site, &asked, path.as_bytes()).clone();
                 let body = Empty::<Bytes>::new();
+                // A script would see what was asked for, and might show it; and who asks too often would still be PHP's work.
+                let may_run = ![401, 403, 429].contains(&status.as_u16());
+                if !may_run && (route.script.is_some() || route::looks_like_php(path.as_bytes())) {
+                    tracing::warn!(id = self.record.id.as_str(), page = path, "a script cannot be the page of 401, 403 or 429");
+                    return None;
+                }
                 match self.by_route(&route, &parts, path.as_bytes(), None, body).await {
+                    Ok(response)
+                        if !may_run && !matches!(response.body(), Content::File(_) | Content::Empty | Content::Whole(_)) =>
+                    {
+                        tracing::warn!(id = self.record.id.as_str(), page = path, "only a file can be the page of 401, 403 or 429");
+                        return None;
+                    }
                     Ok(response) if response.status().is_success() && !accel::is_in(response.headers()) => response,
                     other => {
                         let why = other.map_or_else(|error| error.to_string(), |response| response.status().to_string());

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use http::{header, request::Parts};
+use http::{HeaderMap, header, request::Parts};
 
 use super::route::encode;
 use crate::model::{
@@ -31,6 +31,8 @@ pub struct Variables<'a> {
 pub enum Place {
     Header,
     Location,
+    /// Before its own `?` the path that a rewrite leads to.
+    Rewrite,
     Body,
 }
 
@@ -50,8 +52,16 @@ impl Variables<'_> {
         let value = self.value(variable);
         match place {
             // Decoded parts of the path are percent-encoded again; the query and the target are as they were sent, which hyper has checked.
-            Place::Location if matches!(variable, Variable::Uri | Variable::Capture(_)) => encode(out, value.as_bytes()),
-            Place::Location | Place::Header => out.extend(value.chars().filter(|c| !c.is_control())),
+            Place::Location | Place::Rewrite if matches!(variable, Variable::Uri | Variable::Capture(_)) => {
+                encode(out, value.as_bytes())
+            }
+            // What a client chooses must not end the path, nor be decoded once more.
+            Place::Rewrite
+                if !out.contains('?') && matches!(variable, Variable::Arg(_) | Variable::Cookie(_) | Variable::Header(_)) =>
+            {
+                encode(out, value.as_bytes());
+            }
+            Place::Location | Place::Rewrite | Place::Header => out.extend(value.chars().filter(|c| !c.is_control())),
             Place::Body => out.push_str(&value),
         }
     }
@@ -74,9 +84,9 @@ impl Variables<'_> {
             Variable::RequestMethod => self.parts.method.as_str().into(),
             Variable::RequestId => self.id.into(),
             Variable::Arg(name) => argument(query.unwrap_or_default(), name).unwrap_or_default().into(),
-            Variable::Cookie(name) => cookie(self.parts, name).unwrap_or_default().into(),
+            Variable::Cookie(name) => cookie(&self.parts.headers, name).unwrap_or_default().into(),
             Variable::Header(name) => {
-                let values = self.parts.headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
+                let values = self.parts.headers.get_all(name).iter().map(|value| String::from_utf8_lossy(value.as_bytes()));
                 values.collect::<Vec<_>>().join(", ").into()
             }
             Variable::Capture(group) => self.captured(group).unwrap_or_default().into(),
@@ -108,10 +118,14 @@ fn argument<'a>(query: &'a str, name: &str) -> Option<&'a str> {
     })
 }
 
-pub fn cookie<'a>(parts: &'a Parts, name: &str) -> Option<&'a str> {
-    parts.headers.get_all(header::COOKIE).iter().filter_map(|v| v.to_str().ok()).flat_map(|v| v.split(';')).find_map(|pair| {
-        let (key, value) = pair.trim().split_once('=')?;
-        (key == name).then_some(value)
+/// The first of that name. Bytes that are no UTF-8, anywhere in the line, hide no other cookie: PHP sees them all.
+pub fn cookie(headers: &HeaderMap, name: &str) -> Option<String> {
+    headers.get_all(header::COOKIE).iter().find_map(|line| {
+        let line = String::from_utf8_lossy(line.as_bytes());
+        line.split(';').find_map(|pair| {
+            let (key, value) = pair.trim().split_once('=').unwrap_or((pair.trim(), ""));
+            (key == name).then(|| value.to_owned())
+        })
     })
 }
 

@@ -113,6 +113,18 @@ impl Keys {
             expires: t.read("expires", above.expires, rules::expires),
         };
         keys.check_lane(t, around);
+        let guards = [
+            ("allow", !keys.access.allow.is_empty()),
+            ("deny", !keys.access.deny.is_empty()),
+            ("limit", keys.limit.is_some()),
+            ("basic_auth", keys.basic_auth.is_some()),
+        ];
+        for (key, guards) in guards {
+            if keys.rewrite.is_some() && guards && t.has(key) {
+                let help = "write it on the route that the path leads to".to_owned();
+                t.report.problem(t.place(key), format!("`{key}` on a route with `rewrite` guards nothing"), Some(help));
+            }
+        }
         if let Some(read_timeout) = keys.read_timeout
             && t.has("read_timeout")
         {
@@ -158,11 +170,12 @@ impl Keys {
             pattern,
             methods,
             when,
-            access: self.access.clone(),
+            // Guards are those of the route that a rewrite leads to.
+            access: if self.rewrite.is_some() { Access::default() } else { self.access.clone() },
             rewrite: self.rewrite.clone(),
             internal: self.internal,
-            limit: self.limit.clone(),
-            basic_auth: self.basic_auth.clone(),
+            limit: self.limit.clone().filter(|_| self.rewrite.is_none()),
+            basic_auth: self.basic_auth.clone().filter(|_| self.rewrite.is_none()),
             action: self.action.clone(),
             error_pages: self.error_pages.clone(),
             headers: self.headers.clone(),

@@ -422,6 +422,7 @@ fn each_error_of_sites_and_routes_has_its_place_and_says_what_is_right() {
         (route("error_page = { \"200\" = \"/x\" }"), "7:16: `site.route.error_page`: \"200\" is no status of an error\n  help: write \"404\", or a range as \"502-504\", from 400 to 599".into()),
         (route("error_page = { \"404\" = \"x\" }"), "7:24: `site.route.error_page.404`: \"x\" is no page\n  help: write the path of a page of this site, or a URL for a redirect".into()),
         (route("basic_auth = { realm = \"a\" }"), "7:14: `site.route.basic_auth`: `file` is missing\n  help: write { realm = \"members\", file = \"/etc/htpasswd\" }, or \"off\"".into()),
+        (route("rewrite = \"/a\"\nallow = [\"10.0.0.0/8\"]"), "8:9: `allow` on a route with `rewrite` guards nothing\n  help: write it on the route that the path leads to".into()),
         (route("limit = { rate = \"10/s\" }"), "7:9: `site.route.limit`: `by` is missing\n  help: write { by = \"$remote_addr\", rate = \"10/s\", burst = 20, concurrent = 5 }".into()),
         (route("limit = { by = \"$remote_addr\" }"), "7:9: `site.route.limit`: limits nothing\n  help: write { by = \"$remote_addr\", rate = \"10/s\", burst = 20, concurrent = 5 }".into()),
         (route("limit = { by = \"x\", rate = \"10 a second\" }"), "7:28: `site.route.limit.rate`: \"10 a second\" is no rate\n  help: write \"10/s\", \"100/m\" or \"1000/h\"".into()),

@@ -28,6 +28,8 @@ const LOOKED_AT_AGAIN: Duration = Duration::from_secs(1);
 const MOST: usize = 10_000;
 /// A file of 100,000 users.
 const MOST_BYTES: u64 = 16 << 20;
+/// How long a password waits to be checked; 429.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// Hashes under way: what strangers guess must not take all of the pool.
 const AT_ONCE: usize = 2;
 
@@ -90,16 +92,22 @@ pub async fn is_right(pool: &Handle, file: &Path, user: String, password: String
     if lock(&STATE.right).get(&key).is_some_and(|until| *until > Instant::now()) {
         return Ok(true);
     }
-    let _permit = STATE.permits.acquire().await;
+    let Ok(Ok(permit)) = tokio::time::timeout(PATIENCE, STATE.permits.acquire()).await else {
+        return Err(Error::new(Kind::TooManyAtOnce, "basic_auth: too many passwords are being checked".to_owned()));
+    };
     let right = pool
-        .spawn_blocking(move || match hashes.get(&user) {
-            Some(hash) => verify(&password, hash),
-            // As long as for one who is there: how long it takes does not tell who is.
-            None => {
-                if let Some(hash) = hashes.values().next() {
-                    verify(&password, hash);
+        .spawn_blocking(move || {
+            // It goes with the work, not with the client, who may leave.
+            let _permit = permit;
+            match hashes.get(&user) {
+                Some(hash) => verify(&password, hash),
+                // As long as for one who is there: how long it takes does not tell who is.
+                None => {
+                    if let Some(hash) = hashes.values().next() {
+                        verify(&password, hash);
+                    }
+                    false
                 }
-                false
             }
         })
         .await

@@ -22,7 +22,8 @@ pub struct Filled {
 }
 
 impl Filled {
-    /// `None`: nothing changes. A header whose value is empty once its variables are filled in is left out, as in Nginx.
+    /// `None`: nothing changes. One that is to be set and comes out empty once its variables are filled in is removed: else what the other side has sent
+    /// would stand in its place. One that is to be added is left out.
     pub fn new(edits: &HeaderEdits, expires: Option<Expires>, variables: &Variables<'_>) -> Option<Self> {
         if edits.is_empty() && expires.is_none() {
             return None;
@@ -34,7 +35,10 @@ impl Filled {
             });
             filled.collect()
         };
-        Some(Filled { remove: edits.remove.clone(), set: fill(&edits.set), add: fill(&edits.add), expires })
+        let set: Vec<(HeaderName, HeaderValue)> = fill(&edits.set);
+        let mut remove = edits.remove.clone();
+        remove.extend(edits.set.iter().map(|(name, _)| name).filter(|name| !set.iter().any(|(other, _)| other == *name)).cloned());
+        Some(Filled { remove, set, add: fill(&edits.add), expires })
     }
 
     pub fn apply(&self, headers: &mut HeaderMap) {

@@ -50,6 +50,10 @@ fn a_rewrite_keeps_the_query_puts_its_own_before_it_or_drops_it() {
     assert_eq!(to("/new?p=2?", Some("x=1")), is("/new", Some("p=2")));
     assert_eq!(to("/a/../../etc", None), Err(Kind::BadPath));
     assert_eq!(to("new", None), Err(Kind::BadRequest));
+    // What a group or an argument has brought in.
+    for path in ["/pages/../private/a", "/pages/%2e%2e/private", "/pages/a%2f..%2fprivate", "/pages/.."] {
+        assert_eq!(to(path, None), Err(Kind::BadPath), "{path}");
+    }
 }
 
 #[test]
