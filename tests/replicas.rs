@@ -244,6 +244,14 @@ fn six_replicas_before_four_workers_starve_nobody() {
             pool.joins().await;
         }
         pool.shares(&[1; 6]).await;
+        // With five it would be one slot each as well.
+        for replica in 0..6 {
+            eventually("it knows all six", async || match pool.set(replica).await["replicas"].as_u64() {
+                Some(6) => Ok(()),
+                other => Err(format!("{other:?}")),
+            })
+            .await;
+        }
         assert_eq!(pool.set(3).await["oversubscribed"], 2);
         let answered: Arc<Vec<AtomicUsize>> = Arc::new((0..CLIENTS).map(|_| AtomicUsize::new(0)).collect());
         let slowest = Arc::new(Mutex::new(Duration::ZERO));
