@@ -294,6 +294,10 @@ async fn error_pages_are_files_scripts_or_redirects_and_phps_own_stay() {
         deny = ["0.0.0.0/0"]
         error_page = { "403" = "/error.php" }
         [[site.route]]
+        path = "/fronted/*"
+        deny = ["0.0.0.0/0"]
+        error_page = { "403" = "/no-such-page" }
+        [[site.route]]
         path = "/odd"
         try_files = ["$uri", "=410"]
         error_page = { "410" = "/error.php" }
@@ -336,6 +340,8 @@ async fn error_pages_are_files_scripts_or_redirects_and_phps_own_stay() {
     // A script would see what was asked for, and show it.
     let secret = get(&proxy, "/secret/x", &[]).await;
     assert_eq!((secret.status, secret.text().as_str()), (403, "403 Forbidden\n"));
+    let fronted = get(&proxy, "/fronted/x", &[]).await;
+    assert_eq!((fronted.status, fronted.text().as_str()), (403, "403 Forbidden\n"), "nor the front controller");
     let odd = http::send(proxy.http(), "POST", "/odd", &[], b"x=1").await.unwrap();
     assert_eq!((odd.status, odd.text().as_str(), odd.header("x-page")), (410, "sorry", Some("1")));
     let asked = fpm.requests().into_iter().find(|r| r.param("SCRIPT_NAME").as_deref() == Some("/error.php")).unwrap();

@@ -159,10 +159,10 @@ async fn answer(
     // Once, and before routing: routes, files and scripts see the same path.
     let mut path = route::normalize(parts.uri.path()).map_err(|kind| Error::new(kind, "the path cannot be used".to_owned()))?;
     let mut query = parts.uri.query().map(Cow::Borrowed);
-    let asked = Asked { method: &parts.method, headers: &parts.headers, from: client.address };
+    let asks = Asks { worker, settings, site: &site, peer, client: &client, record };
     let mut rewrites = 0;
     let (route, is_hidden) = loop {
-        let route = route::route(&site, &asked, &path).clone();
+        let route = asks.route(parts, &path).clone();
         // Nobody may ask for it by its own path, nor learn that it is there.
         if route.internal && rewrites == 0 {
             break (route, true);
@@ -173,23 +173,13 @@ async fn answer(
             return Err(Error::new(Kind::Internal, format!("more than {MAX_REWRITES} rewrites, the last by route {}", route.path)));
         }
         let query_now = query.as_deref();
-        let variables = Variables {
-            parts,
-            client: &client,
-            peer,
-            site: &site,
-            route: &route,
-            path: &path,
-            query: query_now,
-            id: record.id.as_str(),
-        };
-        let (next_path, next_query) = route::rewritten(&variables.fill(rewrite, Place::Rewrite), query_now)
+        let target = asks.variables(&route, parts, &path, query_now).fill(rewrite, Place::Rewrite);
+        let (next_path, next_query) = route::rewritten(&target, query_now)
             .map_err(|kind| Error::new(kind, format!("route {} rewrites to what is no path", route.path)))?;
         (path, query) = (Cow::Owned(next_path), next_query.map(Cow::Owned));
     };
     let query = query.as_deref();
     record.access_log.set(route.access_log);
-    let asks = Asks { worker, settings, site: &site, peer, client: &client, record };
     // Whatever becomes of it, errors included.
     *record.edits.borrow_mut() = Filled::new(&route.headers, route.expires, &asks.variables(&route, parts, &path, query));
     let result = match is_hidden {
@@ -221,7 +211,21 @@ struct Asks<'a> {
 #[derive(Clone, Copy)]
 struct Bare;
 
+/// The same request as a GET, or HEAD, of something else: whoever posted has posted nothing to that.
+fn as_get(parts: &Parts) -> Parts {
+    let mut parts = parts.clone();
+    if parts.method != Method::HEAD {
+        parts.method = Method::GET;
+    }
+    parts
+}
+
 impl Asks<'_> {
+    fn route(&self, parts: &Parts, path: &[u8]) -> &Arc<Route> {
+        let asked = Asked { method: &parts.method, headers: &parts.headers, from: self.client.address };
+        route::route(self.site, &asked, path)
+    }
+
     fn variables<'a>(&'a self, route: &'a Route, parts: &'a Parts, path: &'a [u8], query: Option<&'a str>) -> Variables<'a> {
         let Asks { site, peer, client, record, .. } = self;
         Variables { parts, client, peer, site, route, path, query, id: record.id.as_str() }
@@ -237,8 +241,7 @@ impl Asks<'_> {
     ) -> Result<Response<Content>, Error> {
         // Before anything is done for a client that may not, or asks too often. What guards /admin guards /index.php/admin: to many front controllers that is the same.
         let behind = route::declared_script(self.site, path).map(|(_, info)| info).filter(|info| !info.is_empty());
-        let asked = Asked { method: &parts.method, headers: &parts.headers, from: self.client.address };
-        let behind = behind.map(|info| route::route(self.site, &asked, info)).filter(|other| !Arc::ptr_eq(other, route));
+        let behind = behind.map(|info| self.route(parts, info)).filter(|other| !Arc::ptr_eq(other, route));
         for (nth, guard) in std::iter::once(route).chain(behind).enumerate() {
             access::check(&guard.access, self.client.address)?;
             // One that is the site's is the same for both.
@@ -261,7 +264,7 @@ impl Asks<'_> {
                 return Ok(response);
             }
         }
-        let response = self.by_route(route, parts, path, query, body).await?;
+        let response = self.by_route(route, parts, path, query, Some(body)).await?;
         self.follow(parts, response).await
     }
 
@@ -278,18 +281,14 @@ impl Asks<'_> {
     async fn follow(&self, parts: &Parts, mut response: Response<Content>) -> Result<Response<Content>, Error> {
         let Some(accel::Redirect { path, query }) = accel::take(response.headers_mut())? else { return Ok(response) };
         let php = response.into_parts().0;
-        let mut parts = parts.clone();
-        if parts.method != Method::HEAD {
-            parts.method = Method::GET;
-        }
-        let asked = Asked { method: &parts.method, headers: &parts.headers, from: self.client.address };
-        let route = route::route(self.site, &asked, &path).clone();
+        let parts = as_get(parts);
+        let route = self.route(&parts, &path);
         let shown = String::from_utf8_lossy(&path).into_owned();
         if !route.internal {
             let why = format!("X-Accel-Redirect leads to {shown}, whose route is not internal");
             return Err(Error::new(Kind::Internal, why));
         }
-        let mut response = self.by_route(&route, &parts, &path, query.as_deref(), Empty::<Bytes>::new()).await?;
+        let mut response = self.by_route(route, &parts, &path, query.as_deref(), Some(Empty::<Bytes>::new())).await?;
         if accel::take(response.headers_mut())?.is_some() {
             return Err(Error::new(Kind::Internal, format!("X-Accel-Redirect leads to {shown}, which leads further")));
         }
@@ -317,11 +316,8 @@ impl Asks<'_> {
                 return Some(response);
             }
             ErrorPage::Path(path) => {
-                // A page, not a part of one, nor "not modified"; and whoever posted has posted nothing to it.
-                let mut parts = parts.clone();
-                if parts.method != Method::HEAD {
-                    parts.method = Method::GET;
-                }
+                // A page, not a part of one, nor "not modified".
+                let mut parts = as_get(parts);
                 for name in [
                     header::RANGE,
                     header::IF_RANGE,
@@ -334,22 +330,10 @@ impl Asks<'_> {
                 ] {
                     parts.headers.remove(name);
                 }
-                let asked = Asked { method: &parts.method, headers: &parts.headers, from: self.client.address };
-                let route = route::route(self.site, &asked, path.as_bytes()).clone();
-                let body = Empty::<Bytes>::new();
+                let route = self.route(&parts, path.as_bytes());
                 // A script would see what was asked for, and might show it; and who asks too often would still be PHP's work.
-                let may_run = ![401, 403, 429].contains(&status.as_u16());
-                if !may_run && (route.script.is_some() || route::looks_like_php(path.as_bytes())) {
-                    tracing::warn!(id = self.record.id.as_str(), page = path, "a script cannot be the page of 401, 403 or 429");
-                    return None;
-                }
-                match self.by_route(&route, &parts, path.as_bytes(), None, body).await {
-                    Ok(response)
-                        if !may_run && !matches!(response.body(), Content::File(_) | Content::Empty | Content::Whole(_)) =>
-                    {
-                        tracing::warn!(id = self.record.id.as_str(), page = path, "only a file can be the page of 401, 403 or 429");
-                        return None;
-                    }
+                let body = (![401, 403, 429].contains(&status.as_u16())).then(Empty::<Bytes>::new);
+                match self.by_route(route, &parts, path.as_bytes(), None, body).await {
                     Ok(response) if response.status().is_success() && !accel::is_in(response.headers()) => response,
                     other => {
                         let why = other.map_or_else(|error| error.to_string(), |response| response.status().to_string());
@@ -375,13 +359,14 @@ impl Asks<'_> {
         Some(response)
     }
 
+    /// `body`: of a script's request; `None`: no script may run for it.
     async fn by_route<B>(
         &self,
         route: &Arc<Route>,
         parts: &Parts,
         path: &[u8],
         query: Option<&str>,
-        body: B,
+        body: Option<B>,
     ) -> Result<Response<Content>, Error>
     where
         B: Body<Data = Bytes> + Unpin,
@@ -423,13 +408,16 @@ impl Asks<'_> {
                 }
             }
         };
+        let Some(body) = body else {
+            return Err(Error::new(Kind::Internal, "a script cannot be the page of 401, 403 or 429".to_owned()));
+        };
         let Script { name, path_info, query: script_query } = script;
         let Ok(path_info) = std::str::from_utf8(path_info) else {
             return Err(Error::new(Kind::BadPath, "PATH_INFO is not UTF-8".to_owned()));
         };
         // Until when somebody waits for the answer: whoever is not trusted would only shorten its own time, and fill the log with it.
-        let trusted = real_ip::is_trusted(peer.remote.ip(), &settings.listen.trusted_proxies);
-        let deadline = deadline::patience(&parts.headers).filter(|_| trusted).map(|patience| record.started + patience);
+        let is_trusted = || real_ip::is_trusted(peer.remote.ip(), &settings.listen.trusted_proxies);
+        let deadline = deadline::patience(&parts.headers).filter(|_| is_trusted()).map(|patience| record.started + patience);
         // Only PHP sees them: what chose the route and the file is what the client has sent.
         let edited = Filled::new(&route.request_headers, None, &variables).map(|edits| {
             let mut parts = parts.clone();
