@@ -24,23 +24,21 @@ use std::{
 
 use tokio::{sync::Notify, time::Instant};
 
+mod signs;
+
+pub use signs::LASTING;
+use signs::{Flow, LONG, Patience, Speed, Trouble};
+
 use super::{
-    lanes::{Done, Lanes},
+    lanes::Lanes,
     sync::{AtomicU8, AtomicU64, AtomicUsize, Mutex, MutexGuard, Ordering},
 };
 
-/// A wait of so long, or of two service times where that is longer, is a sign of overload.
-pub const LASTING: Duration = Duration::from_secs(1);
+/// However long requests take.
 const LASTING_AT_MOST: Duration = Duration::from_secs(5);
 
 /// Of two that came within so long of each other the one goes first whose worker has the kept connection.
 const SKEW: Duration = Duration::from_millis(10);
-
-/// Finished requests before their time is evidence, and clients that have left before theirs is.
-const ENOUGH: u64 = 8;
-/// Service times are means over at least so long, and at most twice that.
-const LONG: Duration = Duration::from_secs(10);
-const RECENT: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Default)]
 pub struct Queue {
@@ -158,153 +156,6 @@ pub struct Chosen(Arc<Entry>);
 impl Chosen {
     pub fn wake(self) {
         self.0.wake.notify_one();
-    }
-}
-
-/// How long requests hold a worker, in the mean.
-#[derive(Debug, Default)]
-struct Speed {
-    long: Window,
-    recent: Window,
-}
-
-#[derive(Debug, Default)]
-struct Window {
-    turned: Option<Instant>,
-    before: Done,
-    at_turn: Done,
-}
-
-impl Window {
-    fn mean(&mut self, now: Instant, span: Duration, done: Done) -> (u64, Duration) {
-        match self.turned {
-            Some(turned) if now.saturating_duration_since(turned) < span => {}
-            Some(_) => (self.turned, self.before, self.at_turn) = (Some(now), self.at_turn, done),
-            None => self.turned = Some(now),
-        }
-        // A new set begins to count anew.
-        let (Some(finished), Some(spent)) =
-            (done.finished.checked_sub(self.before.finished), done.spent_us.checked_sub(self.before.spent_us))
-        else {
-            *self = Window::default();
-            return (0, Duration::ZERO);
-        };
-        (finished, Duration::from_micros(spent / finished.max(1)))
-    }
-}
-
-impl Speed {
-    /// The lower of a long and a short mean: what is slow while a pool warms up, or once, is not taken for what will be.
-    fn service_time(&mut self, now: Instant, done: Done) -> Option<Duration> {
-        let (finished, long) = self.long.mean(now, LONG, done);
-        let recent = match self.recent.mean(now, RECENT, done) {
-            (0, _) => long,
-            (_, recent) => recent,
-        };
-        (finished >= ENOUGH).then(|| long.min(recent))
-    }
-}
-
-/// What has become of a row lately: within the last half of `span` to all of it, which is a second, or the time in which four are served where that is longer.
-#[derive(Debug)]
-struct Flow {
-    span: Duration,
-    turned: Option<Instant>,
-    before: Counts,
-    now: Counts,
-}
-
-#[derive(Clone, Copy, Debug, Default)]
-struct Counts {
-    arrived: u32,
-    served: u32,
-    /// By their clients, or at their deadlines.
-    left: u32,
-}
-
-impl Default for Flow {
-    fn default() -> Self {
-        Flow { span: LASTING, turned: None, before: Counts::default(), now: Counts::default() }
-    }
-}
-
-impl Flow {
-    fn turn(&mut self, now: Instant) {
-        let age = self.turned.map_or(Duration::MAX, |turned| now.saturating_duration_since(turned));
-        if age >= self.span / 2 {
-            self.before = if age >= self.span { Counts::default() } else { self.now };
-            (self.now, self.turned) = (Counts::default(), Some(now));
-        }
-    }
-
-    /// A good part of those who wait does not wait to the end.
-    fn is_left(&self) -> bool {
-        let sum = |count: fn(&Counts) -> u32| count(&self.before).saturating_add(count(&self.now));
-        sum(|c| c.left) >= 2 && sum(|c| c.left).saturating_mul(8) >= sum(|c| c.served)
-    }
-
-    /// Nobody was served, more came than were (by more than those who come again when they are), or a good part has not waited for it.
-    fn is_overload(&self, slots: u32) -> bool {
-        let sum = |count: fn(&Counts) -> u32| count(&self.before).saturating_add(count(&self.now));
-        let (arrived, served) = (sum(|c| c.arrived), sum(|c| c.served));
-        served == 0 || self.is_left() || arrived > served.saturating_add(served / 20).saturating_add(slots)
-    }
-}
-
-/// Overload and shedding as the log tells them: when they begin, and when they are over.
-#[derive(Debug, Default)]
-struct Trouble {
-    since: Option<Instant>,
-    last: Option<Instant>,
-    shed: u64,
-}
-
-/// Nobody was shed for so long: it is over.
-const QUIET: Duration = Duration::from_secs(5);
-
-impl Trouble {
-    fn begins(&mut self, now: Instant, upstream: &str, lane: &str, waiting: usize, what: &str) {
-        self.last = Some(now);
-        if self.since.is_none() {
-            self.since = Some(now);
-            tracing::warn!(upstream, lane, waiting, what, "overload");
-        }
-    }
-
-    fn may_end(&mut self, now: Instant, upstream: &str, lane: &str) {
-        if let (Some(since), Some(last)) = (self.since, self.last)
-            && now.saturating_duration_since(last) >= QUIET
-        {
-            let lasted = last.saturating_duration_since(since);
-            tracing::info!(upstream, lane, ?lasted, shed = self.shed, "overload is over");
-            *self = Trouble::default();
-        }
-    }
-}
-
-/// After how long clients leave: nobody says, but it can be seen.
-#[derive(Debug, Default)]
-struct Patience {
-    mean: Duration,
-    seen: u64,
-    last: Option<Instant>,
-}
-
-/// What was seen is believed for so long.
-const BELIEVED: Duration = Duration::from_secs(60);
-
-impl Patience {
-    fn left(&mut self, now: Instant, waited: Duration) {
-        if self.last.is_none_or(|last| now.saturating_duration_since(last) >= BELIEVED) {
-            *self = Patience { mean: waited, ..Patience::default() };
-        }
-        self.mean = self.mean.mul_f64(0.875) + waited.mul_f64(0.125);
-        (self.seen, self.last) = (self.seen + 1, Some(now));
-    }
-
-    fn known(&self, now: Instant) -> Option<Duration> {
-        let is_known = self.seen >= ENOUGH && now.saturating_duration_since(self.last?) < BELIEVED;
-        is_known.then_some(self.mean)
     }
 }
 
@@ -723,7 +574,6 @@ impl Drop for Waiter {
                     row.flow.now.served += 1;
                 } else {
                     row.flow.now.left += 1;
-                    // Of those that are served after as long as that nobody can say that they do not wait for it.
                     let waited = now.saturating_duration_since(self.entry.arrived);
                     // Who leaves early says nothing about those who wait for longer.
                     if now < self.entry.deadline && waited >= row.lasting && row.flow.is_left() {

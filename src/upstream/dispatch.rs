@@ -215,7 +215,7 @@ impl Dispatcher {
     fn has_endpoint(&self, want: &Want<'_>) -> bool {
         let snapshot = self.store.load();
         let of = snapshot.upstreams.get(want.upstream).map(|upstream| &upstream.active.endpoints);
-        of.is_some_and(|all| all.iter().any(|e| !e.is_disabled() && !e.is_cold() && !want.refused.contains(&e.id)))
+        of.is_some_and(|all| all.iter().any(|e| e.is_allowed() && !want.refused.contains(&e.id)))
     }
 
     fn settle(&self, waiter: Waiter, mut ticket: Ticket, came: Instant) -> Ticket {
@@ -232,7 +232,7 @@ impl Dispatcher {
         let upstream = snapshot.upstreams.get(want.upstream).ok_or(NoTicket::NoUpstream)?;
         let set = &upstream.active;
         let now = now_ms();
-        let allowed = |e: &Endpoint| !e.is_disabled() && !e.is_cold() && !want.refused.contains(&e.id);
+        let allowed = |e: &Endpoint| e.is_allowed() && !want.refused.contains(&e.id);
         // Those that have failed this request only where there is nobody else: one worker that died says nothing about the pod's others.
         let fresh = !want.tried.is_empty() && set.endpoints.iter().any(|e| allowed(e) && !want.tried.contains(&e.id));
         let may_try = |e: &Endpoint| allowed(e) && !(fresh && want.tried.contains(&e.id));

@@ -294,6 +294,11 @@ impl Endpoint {
         self.cold.load(Ordering::Relaxed)
     }
 
+    /// A request may go there at all, usable or not.
+    pub fn is_allowed(&self) -> bool {
+        !self.is_disabled() && !self.is_cold()
+    }
+
     /// How its preflight stands.
     pub fn set_preflight(&self, now_ms: u64, preflight: Preflight, why: String) {
         *self.preflight.lock().unwrap_or_else(PoisonError::into_inner) = why;

@@ -101,10 +101,9 @@ impl Set {
 
     /// The endpoints whose workers count: those that are usable, and where none is all that are allowed, as dispatch has it.
     pub fn counted(&self, now_ms: u64) -> impl Iterator<Item = &Arc<Endpoint>> {
-        let allowed = |e: &Endpoint| !e.is_disabled() && !e.is_cold();
-        let usable = self.endpoints.iter().any(|e| e.is_usable(now_ms) && allowed(e));
-        let staying = self.endpoints.iter().any(|e| allowed(e) && !e.is_leaving());
-        self.endpoints.iter().filter(move |e| allowed(e) && (!usable || e.is_usable(now_ms)) && !(staying && e.is_leaving()))
+        let usable = self.endpoints.iter().any(|e| e.is_usable(now_ms) && e.is_allowed());
+        let staying = self.endpoints.iter().any(|e| e.is_allowed() && !e.is_leaving());
+        self.endpoints.iter().filter(move |e| e.is_allowed() && (!usable || e.is_usable(now_ms)) && !(staying && e.is_leaving()))
     }
 
     /// Their workers; `None` where a number is not known.
