@@ -104,7 +104,7 @@ pub fn run(path: &Path) -> Result<u8, String> {
         disk: Budget::new(settings.buffer.disk),
         pool: pool.handle().clone(),
     };
-    let access = AccessLog::start(settings.log.access.clone(), Target::from(&*settings.log.access_file))
+    let access = AccessLog::start(&settings.log, Target::from(&*settings.log.access_file))
         .map_err(|e| format!("access_file {}: {e}", settings.log.access_file))?;
     let store = Arc::new(Store::new(snapshot));
     let phase = Arc::new(PhaseCell::default());
@@ -112,7 +112,7 @@ pub fn run(path: &Path) -> Result<u8, String> {
     let connections = Arc::new(Open::default());
     let counts = Counts::new(workers, connections.clone());
     let heartbeats: Arc<[AtomicU64]> = (0..workers).map(|_| AtomicU64::new(now_ms())).collect();
-    let files = Files::new(buffers.pool.clone(), FileLimits::default());
+    let files = Files::new(buffers.pool.clone(), FileLimits { cache_bytes: settings.buffer.files, ..FileLimits::default() });
 
     let (task_senders, task_receivers): (Vec<_>, Vec<_>) = (0..workers).map(|_| mpsc::channel(CHANNEL)).unzip();
     let (changes_sender, changes) = mpsc::channel(CHANNEL);
@@ -469,7 +469,7 @@ impl Listeners for Listening {
         self.access
             .set_target(Target::from(&*settings.log.access_file))
             .map_err(|e| format!("access_file {}: {e}", settings.log.access_file))?;
-        self.access.set_format(settings.log.access.clone());
+        self.access.set_format(&settings.log);
         self.log.set_level(&settings.log.level)
     }
 }

@@ -31,6 +31,8 @@ pub enum Kind {
     MethodNotAllowed,
     ParamTooLong,
     UpgradeRefused,
+    /// `maintenance`.
+    Maintenance,
     /// `limit`, by rate.
     TooOften,
     /// `limit`, by number at once.
@@ -62,7 +64,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    pub const ALL: [Kind; 36] = [
+    pub const ALL: [Kind; 37] = [
         Kind::BadRequest,
         Kind::BadPath,
         Kind::UriTooLong,
@@ -78,6 +80,7 @@ impl Kind {
         Kind::MethodNotAllowed,
         Kind::ParamTooLong,
         Kind::UpgradeRefused,
+        Kind::Maintenance,
         Kind::TooOften,
         Kind::TooManyAtOnce,
         Kind::ClientLeft,
@@ -120,6 +123,7 @@ impl Kind {
             Kind::MethodNotAllowed => (405, "method_not_allowed", Client),
             Kind::ParamTooLong => (431, "param_too_long", Client),
             Kind::UpgradeRefused => (501, "upgrade_refused", Client),
+            Kind::Maintenance => (503, "maintenance", Us),
             Kind::TooOften => (429, "too_often", Client),
             Kind::TooManyAtOnce => (429, "too_many_at_once", Client),
             Kind::ClientLeft => (499, "client_left", Client),
@@ -181,7 +185,7 @@ pub struct Error {
     pub retry: Retry,
     /// For the log; never sent to a client.
     pub detail: String,
-    /// On a 503 or 429: seconds after which it may be worth while to come again.
+    /// On a 503 or 429: seconds after which it may be worth while to come again; 0: nobody knows.
     retry_after: u64,
 }
 
@@ -204,6 +208,12 @@ impl Error {
         self
     }
 
+    /// The operator's own word for when to come again, where there is one.
+    pub fn come_again(mut self, after: Option<Duration>) -> Self {
+        self.retry_after = after.map_or(0, |after| after.as_secs());
+        self
+    }
+
     /// The answer that stands for this error, with a short plain body.
     pub fn response<B: From<String>>(&self) -> http::Response<B> {
         let status = self.kind.status();
@@ -216,9 +226,9 @@ impl Error {
         response
     }
 
-    /// Retry-After, on every 503 and 429.
+    /// Retry-After, on every 503 and 429 for which there is one.
     pub fn say_when(&self, headers: &mut http::HeaderMap) {
-        if matches!(self.kind.status(), StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS) {
+        if self.retry_after > 0 && matches!(self.kind.status(), StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS) {
             headers.insert(RETRY_AFTER, HeaderValue::from(self.retry_after));
         }
     }

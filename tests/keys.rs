@@ -52,7 +52,9 @@ const SEEN: &[(&str, &str)] = &[
     ("log format", "keys logs_are_as_they_are_told"),
     ("log level", "keys logs_are_as_they_are_told"),
     ("log access", "keys logs_are_as_they_are_told"),
+    ("log access_sample", "keys an_access_log_has_the_operators_format_and_its_part_of_what_went_well"),
     ("log access_file", "keys logs_are_as_they_are_told"),
+    ("buffer files", "files what_changes_on_disk_is_seen_within_a_second"),
     ("drain grace", "life_cycle what_is_left_at_the_end_of_grace_is_cut_named_and_told_by_exit_3"),
     ("drain lame_duck", "life_cycle lame_duck_serves_and_says_close_and_a_second_signal_skips_it"),
     ("drain health_fail_delay", "keys health_fails_after_its_delay_and_idle_connections_end_when_quiet"),
@@ -117,6 +119,29 @@ const SEEN: &[(&str, &str)] = &[
     ("request_headers remove", "rules headers_of_answers_and_of_what_php_sees"),
     ("site expires", "rules keys_of_a_site_are_the_default_of_its_routes"),
     ("route expires", "rules headers_of_answers_and_of_what_php_sees"),
+    ("headers default", "rules headers_of_answers_and_of_what_php_sees"),
+    ("request_headers default", "rules headers_of_answers_and_of_what_php_sees"),
+    ("site preset", "rules a_preset_is_the_default_of_a_site"),
+    ("site precompressed", "files what_lies_beside_a_file_is_sent_to_who_takes_it"),
+    ("route precompressed", "files what_lies_beside_a_file_is_sent_to_who_takes_it"),
+    ("site cors", "rules pages_of_other_origins_are_told_what_they_may"),
+    ("route cors", "rules pages_of_other_origins_are_told_what_they_may"),
+    ("cors origins", "rules pages_of_other_origins_are_told_what_they_may"),
+    ("cors methods", "rules pages_of_other_origins_are_told_what_they_may"),
+    ("cors headers", "rules pages_of_other_origins_are_told_what_they_may"),
+    ("cors expose", "rules pages_of_other_origins_are_told_what_they_may"),
+    ("cors credentials", "rules pages_of_other_origins_are_told_what_they_may"),
+    ("cors max_age", "rules pages_of_other_origins_are_told_what_they_may"),
+    ("site maintenance", "rules in_a_maintenance_all_but_a_few_get_its_page"),
+    ("route maintenance", "rules in_a_maintenance_all_but_a_few_get_its_page"),
+    ("maintenance page", "rules in_a_maintenance_all_but_a_few_get_its_page"),
+    ("maintenance from", "rules in_a_maintenance_all_but_a_few_get_its_page"),
+    ("maintenance cookie", "rules in_a_maintenance_all_but_a_few_get_its_page"),
+    ("maintenance header", "rules in_a_maintenance_all_but_a_few_get_its_page"),
+    ("maintenance retry_after", "rules in_a_maintenance_all_but_a_few_get_its_page"),
+    ("maintenance file", "rules in_a_maintenance_all_but_a_few_get_its_page"),
+    ("when arg", "rules what_a_request_carries_chooses_its_route"),
+    ("when scheme", "rules what_a_request_carries_chooses_its_route"),
     ("when header", "rules what_a_request_carries_chooses_its_route"),
     ("when cookie", "rules what_a_request_carries_chooses_its_route"),
     ("when from", "rules what_a_request_carries_chooses_its_route"),
@@ -366,6 +391,30 @@ async fn logs_are_as_they_are_told() {
     proxy.cli_ok(&["reload"]).await;
     proxy.wait_for_log("\"reload\"", Duration::from_secs(20)).await;
     assert!(!proxy.log_text().contains("/off"), "{}", proxy.log_text());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_access_log_has_the_operators_format_and_its_part_of_what_went_well() {
+    let fpm = hello().await;
+    let with = |log: &str| toml(&fpm, "", "trusted_proxies = [\"127.0.0.1\"]", "", "") + "\n[log]\n" + log;
+    let line = r##"access = '$remote_addr [$time_iso8601] "$request" $status $body_bytes_sent "$http_x_tenant" "$sent_http_content_type" $cookie_a $arg_b $host $scheme $uri $set $pipe'"##;
+    let proxy = Slackwater::start(&with(line)).await;
+    let headers = [("X-Tenant", "a\"b"), ("Cookie", "z=1; a=2"), ("Host", "Example.com:81"), ("X-Forwarded-Proto", "https")];
+    http::send(proxy.http(), "GET", "/a%20b/../c?b=3", &headers, b"").await.unwrap();
+    let line = proxy.wait_for_log("\"GET /a%20b", Duration::from_secs(20)).await;
+    let (before, after) = line.split_once(" \"GET ").unwrap();
+    assert!(before.starts_with("127.0.0.1 [2") && before.ends_with("+00:00]"), "{line}");
+    assert_eq!(after, "/a%20b/../c?b=3 HTTP/1.1\" 200 11 \"a\\x22b\" \"text/plain\" 2 3 example.com https /c blue -");
+
+    // JSON by the format's first character, and of 400 that went well none but a few.
+    let json = r##"access = '{"r":"$request","a":"$http_user_agent","s":"$status","none":"$upstream_response_time"}'"##;
+    let proxy = Slackwater::start(&with(&format!("{json}\naccess_sample = \"0%\""))).await;
+    assert_eq!(status_of(&proxy, "GET", "/well", b"").await, 200);
+    http::send(proxy.http(), "GET", "/%zz", &[("User-Agent", "a\"\\b")], b"").await.unwrap();
+    let line = proxy.wait_for_log("/%zz", Duration::from_secs(20)).await;
+    let line: serde_json::Value = serde_json::from_str(&line).unwrap();
+    assert_eq!((line["a"].as_str(), line["s"].as_str(), line["none"].as_str()), (Some("a\"\\b"), Some("400"), Some("")));
+    assert!(!proxy.log_text().contains("/well"), "{}", proxy.log_text());
 }
 
 #[tokio::test(flavor = "multi_thread")]

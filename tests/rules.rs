@@ -118,8 +118,8 @@ async fn headers_of_answers_and_of_what_php_sees() {
     let proxy = proxy(
         &fpm,
         r#"
-        headers = { set = { X-Frame-Options = "DENY", X-Site = "$host" }, remove = ["X-Powered-By"] }
-        request_headers = { set = { X-Scheme = "$scheme" }, remove = ["X-Secret"] }
+        headers = { set = { X-Frame-Options = "DENY", X-Site = "$host" }, default = { X-Frame-Options = "NEVER", X-Content-Type-Options = "nosniff" }, remove = ["X-Powered-By"] }
+        request_headers = { set = { X-Scheme = "$scheme" }, default = { X-Lang = "en" }, remove = ["X-Secret"] }
         [[site.route]]
         path = "/assets/*"
         files = "or-404"
@@ -135,8 +135,10 @@ async fn headers_of_answers_and_of_what_php_sees() {
         (php.header_all("x-frame-options"), php.header("x-powered-by"), php.header("x-site")),
         (vec!["DENY"], None, Some("example.com"))
     );
+    assert_eq!(php.header("x-content-type-options"), Some("nosniff"));
     let request = &fpm.requests()[0];
     assert_eq!((request.param("HTTP_X_SCHEME").as_deref(), request.param("HTTP_X_SECRET")), (Some("https"), None));
+    assert_eq!(request.param("HTTP_X_LANG").as_deref(), Some("en"));
     let file = get(&proxy, "/assets/a.css", &[]).await;
     assert_eq!((file.status, file.header("cache-control"), file.header("x-site")), (200, Some("max-age=2592000"), None));
     assert_eq!((file.header("link"), file.header("x-empty")), (Some("</a.css>; rel=preload"), None));
@@ -164,10 +166,24 @@ async fn what_a_request_carries_chooses_its_route() {
         respond = { body = "debug" }
         [[site.route]]
         path = "/*"
+        when = { header = "User-Agent: ~(?i)(crawl|spider)er" }
+        respond = { body = "for crawlers" }
+        [[site.route]]
+        path = "/*"
+        when = { arg = ["v=~^[0-9]+$", "w"], scheme = "https" }
+        respond = { body = "secret version" }
+        [[site.route]]
+        path = "/*"
         respond = { status = 503, body = "back soon" }
         "#,
     )
     .await;
+    assert_eq!(get(&proxy, "/", &[("User-Agent", "a SPIDERER")]).await.text(), "for crawlers");
+    let https = ("X-Forwarded-Proto", "https");
+    assert_eq!(get(&proxy, "/?w&v=12", &[https]).await.text(), "secret version");
+    for (target, header) in [("/?w&v=12", ("X-A", "1")), ("/?v=12", https), ("/?w&v=1x", https), ("/?w&xv=1", https)] {
+        assert_eq!(get(&proxy, target, &[header]).await.status, 503, "{target}");
+    }
     assert_eq!(get(&proxy, "/", &[]).await.status, 503);
     assert_eq!(get(&proxy, "/", &[("Cookie", "bypass=secret")]).await.status, 200);
     assert_eq!(get(&proxy, "/", &[("X-Debug", "1")]).await.status, 503);
@@ -569,4 +585,221 @@ async fn no_guard_is_passed_by_another_way_to_write_a_request() {
         counted.push(client.read_response("GET").await.unwrap().status);
     }
     assert_eq!(counted, [200, 429], "a byte that is no UTF-8 hides no cookie");
+}
+
+/// Browsers ask before they send, and read only what they may.
+#[tokio::test(flavor = "multi_thread")]
+async fn pages_of_other_origins_are_told_what_they_may() {
+    let fpm = ScriptedFpm::start(Behaviour::hello("blue").header("Access-Control-Allow-Origin", "*")).await;
+    let proxy = proxy(
+        &fpm,
+        r#"
+        cors = { origins = ["https://app.example", "http://localhost:3000"], methods = ["GET", "PUT"], headers = ["X-Token"], expose = ["X-Total"], credentials = true, max_age = "1h" }
+        deny = ["10.6.6.6"]
+        [[site.route]]
+        path = "/open/*"
+        cors = { origins = ["*"] }
+        [[site.route]]
+        path = "/own/*"
+        cors = "off"
+        [[site.route]]
+        path = "/files/*"
+        files = "or-404"
+        "#,
+    )
+    .await;
+    let ask = async |method: &str, path: &str, headers: &[(&str, &str)]| {
+        http::send(proxy.http(), method, path, headers, b"").await.unwrap()
+    };
+    let preflight = [
+        ("Origin", "https://app.example"),
+        ("Access-Control-Request-Method", "PUT"),
+        ("Access-Control-Request-Headers", "x-token"),
+    ];
+    let told = ask("OPTIONS", "/api", &preflight).await;
+    assert_eq!((told.status, told.body.len()), (200, 0));
+    for (name, value) in [
+        ("access-control-allow-origin", "https://app.example"),
+        ("access-control-allow-methods", "GET,PUT"),
+        ("access-control-allow-headers", "x-token"),
+        ("access-control-allow-credentials", "true"),
+        ("access-control-max-age", "3600"),
+    ] {
+        assert_eq!(told.header(name).map(str::to_ascii_lowercase), Some(value.to_ascii_lowercase()), "{name}");
+    }
+    assert!(fpm.requests().is_empty(), "PHP is not asked");
+    // Another origin is told nothing, and the request itself is answered: it is the browser that refuses.
+    let other = ask("OPTIONS", "/api", &[("Origin", "https://evil.example"), preflight[1]]).await;
+    assert_eq!((other.status, other.header("access-control-allow-origin")), (200, None));
+    let answer = ask("GET", "/api", &[("Origin", "http://localhost:3000")]).await;
+    assert_eq!(answer.header_all("access-control-allow-origin"), ["http://localhost:3000"], "instead of PHP's");
+    assert_eq!((answer.header("access-control-expose-headers"), answer.text().as_str()), (Some("x-total"), "blue hello\n"));
+    assert!(answer.header_all("vary").join(",").to_ascii_lowercase().contains("origin"));
+    // Errors too; a plain OPTIONS is the application's; who may not at all is not told more.
+    let missing = ask("GET", "/files/none.js", &[("Origin", "https://app.example")]).await;
+    assert_eq!((missing.status, missing.header("access-control-allow-origin")), (404, Some("https://app.example")));
+    assert_eq!(ask("OPTIONS", "/api", &[("Origin", "https://app.example")]).await.text(), "blue hello\n");
+    let denied = ask("OPTIONS", "/api", &[preflight[0], preflight[1], ("X-Forwarded-For", "10.6.6.6")]).await;
+    assert_eq!((denied.status, denied.header("access-control-allow-methods")), (403, None));
+    assert_eq!(ask("GET", "/open/x", &[("Origin", "https://evil.example")]).await.header("access-control-allow-origin"), Some("*"));
+    // Without the key PHP's own word stands.
+    let own = ask("OPTIONS", "/own/x", &preflight).await;
+    assert_eq!((own.header("access-control-allow-origin"), own.text().as_str()), (Some("*"), "blue hello\n"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn in_a_maintenance_all_but_a_few_get_its_page() {
+    let fpm = ScriptedFpm::start(Behaviour::hello("blue")).await;
+    let proxy = proxy(
+        &fpm,
+        r#"
+        maintenance = { page = "/maintenance.html", from = ["10.0.0.0/8"], cookie = "bypass=secret", header = "X-Bypass: *", retry_after = "10m" }
+        [[site.route]]
+        path = "/assets/*"
+        files = "or-404"
+        maintenance = "off"
+        [[site.route]]
+        path = "/later/*"
+        maintenance = { file = "{DIR}/on" }
+        [[site.route]]
+        path = "/script/*"
+        maintenance = { page = "/index.php" }
+        "#,
+    )
+    .await;
+    std::fs::write(proxy.folder().join("maintenance.html"), "<p>back soon</p>").unwrap();
+    std::fs::create_dir(proxy.folder().join("assets")).unwrap();
+    std::fs::write(proxy.folder().join("assets/a.css"), "a {}").unwrap();
+    let page = get(&proxy, "/anything?x=1", &[]).await;
+    assert_eq!((page.status, page.text().as_str(), page.header("retry-after")), (503, "<p>back soon</p>", Some("600")));
+    assert_eq!((page.header("content-type"), page.header("etag")), (Some("text/html; charset=utf-8"), None));
+    for header in [("X-Forwarded-For", "10.1.2.3"), ("Cookie", "a=1; bypass=secret"), ("X-Bypass", "1")] {
+        assert_eq!(get(&proxy, "/anything", &[header]).await.text(), "blue hello\n", "{header:?}");
+    }
+    assert_eq!(get(&proxy, "/anything", &[("Cookie", "bypass=wrong")]).await.status, 503);
+    assert_eq!(get(&proxy, "/assets/a.css", &[]).await.status, 200);
+    // PHP is not asked for the page either.
+    let asked = fpm.requests().len();
+    assert_eq!(get(&proxy, "/script/x", &[]).await.text(), "503 Service Unavailable\n");
+    assert_eq!(fpm.requests().len(), asked);
+    // By a file that comes and goes.
+    assert_eq!(get(&proxy, "/later/x", &[]).await.status, 200);
+    let wait = async |status: u16| {
+        let since = std::time::Instant::now();
+        eventually("the file is seen", async || match get(&proxy, "/later/x", &[]).await.status {
+            seen if seen == status => Ok(()),
+            seen => Err(seen.to_string()),
+        })
+        .await;
+        let took = since.elapsed();
+        println!("{status} after {took:?} (promised: 1 s)");
+        assert!(took < Duration::from_secs(10));
+    };
+    std::fs::write(proxy.folder().join("on"), "").unwrap();
+    wait(503).await;
+    let plain = get(&proxy, "/later/x", &[]).await;
+    assert_eq!((plain.header("retry-after"), plain.text().as_str()), (None, "503 Service Unavailable\n"));
+    std::fs::remove_file(proxy.folder().join("on")).unwrap();
+    wait(200).await;
+    eventually("the log names the cause", async || {
+        let lines = proxy.log_json();
+        lines
+            .iter()
+            .any(|line| line["cause"] == "maintenance" && line["status"] == 503)
+            .then_some(())
+            .ok_or_else(|| proxy.log_text())
+    })
+    .await;
+}
+
+/// PHP's word on how an answer is sent; none of it reaches the client.
+#[tokio::test(flavor = "multi_thread")]
+async fn php_sets_the_rate_and_the_charset() {
+    let fpm = ScriptedFpm::start(Behaviour::hello("blue")).await;
+    let proxy = proxy(&fpm, "[[site.route]]\npath = \"/private/*\"\ninternal = true\nfiles = \"or-404\"").await;
+    let body = "x".repeat(90_000);
+    std::fs::create_dir(proxy.folder().join("private")).unwrap();
+    std::fs::write(proxy.folder().join("private/a.bin"), &body).unwrap();
+    let headers = [("X-Accel-Charset", "koi8-r"), ("X-Accel-Expires", "60"), ("Content-Type", "text/plain")];
+    fpm.next(Behaviour::answers(200, &headers, "text"));
+    let told = get(&proxy, "/text", &[]).await;
+    assert_eq!(told.header("content-type"), Some("text/plain; charset=koi8-r"));
+    assert_eq!((told.header("x-accel-charset"), told.header("x-accel-expires")), (None, None));
+    // 90,000 bytes at 30,000 a second: the last third begins after two seconds. Both a body of PHP's and a file.
+    for headers in
+        [&[("X-Accel-Limit-Rate", "30000")][..], &[("X-Accel-Limit-Rate", "30000"), ("X-Accel-Redirect", "/private/a.bin")][..]]
+    {
+        fpm.next(Behaviour::answers(200, headers, body.clone()));
+        let since = std::time::Instant::now();
+        let slow = get(&proxy, "/slow", &[]).await;
+        let took = since.elapsed();
+        assert_eq!((slow.body.len(), slow.header("x-accel-limit-rate")), (90_000, None));
+        println!("{took:?} for three seconds' worth, of which the first goes at once");
+        assert!(took >= Duration::from_millis(1990) && took < Duration::from_secs(20), "{took:?}");
+    }
+}
+
+/// What was found beside Nginx.
+#[tokio::test(flavor = "multi_thread")]
+async fn error_pages_of_plain_answers_and_of_methods_and_remote_user() {
+    let fpm = ScriptedFpm::start(Behaviour::hello("blue")).await;
+    let proxy = proxy(
+        &fpm,
+        r#"
+        error_page = { "403" = "/403.html", "404" = "/404.php", "405" = "/405.html" }
+        scripts = ["/index.php", "/404.php"]
+        [[site.route]]
+        path = "/closed/*"
+        respond = { status = 403 }
+        [[site.route]]
+        path = "/said/*"
+        respond = { status = 403, body = "no" }
+        [[site.route]]
+        path = "/files/*"
+        files = "or-404"
+        "#,
+    )
+    .await;
+    for (name, text) in [("403.html", "closed"), ("405.html", "not so"), ("a.txt", "a")] {
+        std::fs::write(proxy.folder().join(name), text).unwrap();
+    }
+    let closed = get(&proxy, "/closed/x", &[]).await;
+    assert_eq!((closed.status, closed.text().as_str()), (403, "closed"));
+    assert_eq!(get(&proxy, "/said/x", &[]).await.text(), "no");
+    let posted = http::send(proxy.http(), "POST", "/a.txt", &[], b"x").await.unwrap();
+    assert_eq!((posted.status, posted.text().as_str(), posted.header("allow")), (405, "not so", Some("GET, HEAD")));
+    // An application's page may send the status of the error itself.
+    fpm.on("/404.php", Behaviour::answers(404, &[], "ours"));
+    fpm.next(Behaviour::answers(404, &[], "ours"));
+    let missing = get(&proxy, "/files/none", &[]).await;
+    assert_eq!((missing.status, missing.text().as_str()), (404, "ours"));
+}
+
+/// All of them are driven by `from_nginx`; here what a site says besides.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_preset_is_the_default_of_a_site() {
+    let fpm = ScriptedFpm::start(Behaviour::hello("blue")).await;
+    let proxy = proxy(
+        &fpm,
+        r#"
+        preset = "drupal"
+        headers = { set = { X-Own = "1" } }
+        [[site.route]]
+        path = "/*"
+        access_log = "off"
+        [[site.route]]
+        path = "/themes/a/open.yml"
+        files = "or-404"
+        "#,
+    )
+    .await;
+    std::fs::create_dir_all(proxy.folder().join("themes/a")).unwrap();
+    for file in ["a.yml", "open.yml", "a.css"] {
+        std::fs::write(proxy.folder().join("themes/a").join(file), "text").unwrap();
+    }
+    let css = get(&proxy, "/themes/a/a.css", &[]).await;
+    assert_eq!((css.status, css.header("x-own"), css.header("x-content-type-options")), (200, Some("1"), Some("nosniff")));
+    assert_eq!(get(&proxy, "/themes/a/a.yml", &[]).await.status, 404, "what a preset closes no prefix opens");
+    assert_eq!(get(&proxy, "/themes/a/open.yml", &[]).await.status, 200, "an exact path does");
+    assert_eq!(get(&proxy, "/core/install.php", &[]).await.text(), "blue hello\n");
 }

@@ -22,6 +22,7 @@ use crate::{
 mod document;
 mod glob;
 pub mod keys;
+pub mod presets;
 mod reader;
 mod routes;
 pub mod rules;
@@ -34,6 +35,7 @@ pub mod unit;
 mod upstreams;
 
 use document::Place;
+use presets::Presets;
 use reader::{Reader, Report, Value};
 
 /// What the files say, checked and complete.
@@ -219,16 +221,24 @@ fn parse_all(
     if !texts.wrong.is_empty() {
         return Err(texts.wrong);
     }
-    let Texts { report, mut hash, .. } = texts;
     let mut twice = Vec::new();
     for mut included in trees {
         if let Some(entry) = included.get("include") {
             let help = "list every file in the main file's `include`".to_owned();
-            report.problem(entry.at, "`include` stands in the main file only", Some(help));
+            texts.report.problem(entry.at, "`include` stands in the main file only", Some(help));
         }
         included.entries.retain(|entry| entry.key != "include");
         document::merge(&mut tree, included, &mut twice);
     }
+    let files = texts.report.files.iter().map(|(file, _)| file.clone()).collect();
+    // They are part of the hash: another version may have others.
+    let named = presets::named(&tree).into_iter();
+    let presets: Presets = named
+        .filter_map(|(name, text)| {
+            Some((*name, texts.add(Source { file: PathBuf::from(format!("preset {name}")), text: (*text).to_owned() }, env)?))
+        })
+        .collect();
+    let Texts { report, mut hash, .. } = texts;
     for document::Twice { path, first, second } in twice {
         let help = format!("it stands at {} already; keep one of them", report.place(first));
         report.problem(second, format!("`{path}` is set a second time"), Some(help));
@@ -238,7 +248,7 @@ fn parse_all(
     let mut top = Reader::new(&report, &tree);
     let settings = settings::read(&mut top, env, &mut folders);
     let upstreams = upstreams::read(&mut top, &settings.drain, settings.kubernetes.is_some(), &mut folders);
-    let around = sites::Around { upstreams: &upstreams, drain: &settings.drain };
+    let around = sites::Around { upstreams: &upstreams, drain: &settings.drain, presets: &presets };
     let sites = sites::read(&mut top, &around, &mut folders);
     top.finish();
 
@@ -251,7 +261,6 @@ fn parse_all(
         hash.add(settings::default_grace(env).unwrap_or_default().as_bytes());
     }
     folders.sort_by_key(|folder| folder.at);
-    let files = report.files.iter().map(|(file, _)| file.clone()).collect();
     let (problems, warnings) = report.into_parts();
     if !problems.is_empty() {
         return Err(problems);

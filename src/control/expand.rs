@@ -8,16 +8,16 @@ use std::{
     time::Duration,
 };
 
-use http::{HeaderName, HeaderValue};
+use http::HeaderName;
 
 use super::config::{
-    Config, UpstreamConfig,
+    Config, UpstreamConfig, presets,
     rules::show_expires,
     unit::{show_duration, show_size},
 };
 use crate::model::{
     Route, Site, SiteTable,
-    rules::{Action, ErrorPage, Limit, When},
+    rules::{Action, Cors, ErrorPage, Limit, Maintenance, Scheme, Wanted, When},
     settings::{AccessFormat, Buffer, Drain, Listen, Log, LogFormat, ReloadMode},
     site::{Files, Pattern, PhpRoot, Symlinks},
     text::Text,
@@ -106,6 +106,7 @@ fn buffer(out: &mut Out, buffer: &Buffer) {
     out.key("total", size(buffer.total));
     out.key("dir", quote(buffer.dir.display()));
     out.key("disk", size(buffer.disk));
+    out.key("files", size(buffer.files));
 }
 
 fn log(out: &mut Out, log: &Log) {
@@ -121,12 +122,14 @@ fn log(out: &mut Out, log: &Log) {
     out.key("level", quote(&log.level));
     out.key(
         "access",
-        quote(match log.access {
+        quote(match &log.access {
             AccessFormat::Json => "json",
             AccessFormat::Combined => "combined",
             AccessFormat::Off => "off",
+            AccessFormat::Custom(text) => &text.source,
         }),
     );
+    out.key("access_sample", quote(format_args!("{}%", log.access_sample)));
     out.key("access_file", quote(&log.access_file));
 }
 
@@ -228,6 +231,14 @@ fn set(out: &mut Out, upstream: &str, set: &SetConfig) {
 fn site(out: &mut Out, config: &Config, site: &Arc<Site>) {
     out.table("[[site]]");
     out.key("hosts", list(hosts(&config.sites, site)));
+    if let Some(preset) = site.preset {
+        // Not as a key: what it stands for is all here.
+        out.comment(format_args!("preset = {preset:?}: its keys and routes are among these"));
+        let text = presets::ALL.iter().find(|(name, _)| *name == preset).map_or("", |(_, text)| text);
+        for line in text.lines().map_while(|line| line.strip_prefix('#')) {
+            out.comment(format_args!("| {}", line.trim()));
+        }
+    }
     out.key("root", path_or_empty(site.root.as_deref()));
     out.key(
         "php_root",
@@ -331,16 +342,36 @@ fn when(route: &Route) -> Vec<String> {
     if !route.methods.is_empty() {
         all.push(format!("method = {}", list(&route.methods)));
     }
-    let When { headers, cookies, from } = &route.when;
-    if !headers.is_empty() {
-        let value =
-            |value: &Option<HeaderValue>| value.as_ref().map_or("*".into(), |v| String::from_utf8_lossy(v.as_bytes()).into_owned());
-        all.push(format!("header = {}", list(headers.iter().map(|(name, v)| format!("{name}: {}", value(v))))));
+    all.extend(named(&route.when));
+    match route.when.scheme {
+        None => {}
+        Some(Scheme::Http) => all.push("scheme = \"http\"".to_owned()),
+        Some(Scheme::Https) => all.push("scheme = \"https\"".to_owned()),
     }
-    if !cookies.is_empty() {
-        let cookie =
-            |(name, value): &(String, Option<String>)| value.as_ref().map_or_else(|| name.clone(), |v| format!("{name}={v}"));
-        all.push(format!("cookie = {}", list(cookies.iter().map(cookie))));
+    all
+}
+
+/// Headers, cookies and addresses.
+fn named(when: &When) -> Vec<String> {
+    let When { headers, cookies, args, from, .. } = when;
+    let mut all = Vec::new();
+    if !headers.is_empty() {
+        let header = |(name, wanted): &(HeaderName, Wanted)| match wanted {
+            Wanted::Any => format!("{name}: *"),
+            Wanted::Text(text) => format!("{name}: {text}"),
+            Wanted::Pattern(regex) => format!("{name}: ~{regex}"),
+        };
+        all.push(format!("header = {}", list(headers.iter().map(header))));
+    }
+    let pair = |(name, wanted): &(String, Wanted)| match wanted {
+        Wanted::Any => name.clone(),
+        Wanted::Text(text) => format!("{name}={text}"),
+        Wanted::Pattern(regex) => format!("{name}=~{regex}"),
+    };
+    for (key, pairs) in [("cookie", cookies), ("arg", args)] {
+        if !pairs.is_empty() {
+            all.push(format!("{key} = {}", list(pairs.iter().map(pair))));
+        }
     }
     if !from.is_empty() {
         all.push(format!("from = {}", list(from)));
@@ -374,6 +405,30 @@ fn rules(out: &mut Out, route: &Route) {
         let concurrent = concurrent.map_or_else(String::new, |most| format!(", concurrent = {most}"));
         out.key("limit", format_args!("{{ by = {}{rate}, burst = {burst}{concurrent} }}", quote(&by.source)));
     }
+    match route.cors.as_deref() {
+        None => out.key("cors", quote("off")),
+        Some(Cors { origins, methods, headers, expose, credentials, max_age, .. }) => {
+            let (origins, methods, headers, expose) = (list(origins), list(methods), list(headers), list(expose));
+            let max_age = duration(*max_age);
+            out.key(
+                "cors",
+                format_args!(
+                    "{{ origins = {origins}, methods = {methods}, headers = {headers}, expose = {expose}, credentials = {credentials}, max_age = {max_age} }}"
+                ),
+            );
+        }
+    }
+    match route.maintenance.as_deref() {
+        None => out.key("maintenance", quote("off")),
+        Some(Maintenance { page, bypass, retry_after, file }) => {
+            let mut all = named(bypass);
+            all.insert(0, format!("page = {}", quote(page.as_deref().unwrap_or_default())));
+            all.extend(retry_after.map(|after| format!("retry_after = {}", duration(after))));
+            all.push(format!("file = {}", path_or_empty(file.as_deref())));
+            out.key("maintenance", format_args!("{{ {} }}", all.join(", ")));
+        }
+    }
+    out.key("precompressed", list(route.precompressed.iter().map(|coding| coding.name())));
     match &route.action {
         None => {}
         Some(Action::Redirect { to, status }) => {
@@ -406,8 +461,9 @@ fn rules(out: &mut Out, route: &Route) {
         let entries = |all: &[(HeaderName, Text)]| {
             all.iter().map(|(name, text)| format!("{} = {}", quote(name), quote(&text.source))).collect::<Vec<_>>().join(", ")
         };
-        let (set, add) = (entries(&edits.set), entries(&edits.add));
-        out.key(key, format_args!("{{ set = {{ {set} }}, add = {{ {add} }}, remove = {} }}", list(&edits.remove)));
+        let (set, add, default) = (entries(&edits.set), entries(&edits.add), entries(&edits.default));
+        let remove = list(&edits.remove);
+        out.key(key, format_args!("{{ set = {{ {set} }}, add = {{ {add} }}, default = {{ {default} }}, remove = {remove} }}"));
     }
     out.key("expires", quote(show_expires(route.expires)));
 }

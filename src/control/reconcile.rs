@@ -463,6 +463,9 @@ fn needs_restart(old: &Settings, new: &Settings) -> Result<(), String> {
     if old.listen.admin != new.listen.admin {
         keys.push("listen.admin");
     }
+    if old.buffer.files != new.buffer.files {
+        keys.push("buffer.files");
+    }
     if old.log.format != new.log.format {
         keys.push("log.format");
     }

@@ -45,6 +45,8 @@ pub struct Input<'a> {
     pub server_addr: SocketAddr,
     pub server_port: u16,
     pub https: bool,
+    /// Whoever `basic_auth` has let through; "": nobody was asked.
+    pub remote_user: &'a str,
     /// Ours: a client's X-Request-ID counts only where a trusted proxy sent it.
     pub request_id: &'a str,
     /// The configuration's `params`. Each replaces what has its name.
@@ -142,6 +144,11 @@ impl Writer<'_> {
         self.set("CONTENT_TYPE", input.headers.get(header::CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes))?;
         self.set("CONTENT_LENGTH", input.content_length.map_or("", |length| number.format(length)))?;
         self.set("REMOTE_ADDR", address(input.remote_addr, &mut text))?;
+        // RFC 3875, sections 4.1.1 and 4.1.11. Not what a client claims and nobody has looked at.
+        if !input.remote_user.is_empty() {
+            self.set("AUTH_TYPE", "Basic")?;
+            self.set("REMOTE_USER", input.remote_user)?;
+        }
         self.set("REMOTE_PORT", number.format(input.remote_port))?;
         let server_address = address(input.server_addr.ip(), &mut text);
         self.set("SERVER_ADDR", server_address)?;
@@ -315,6 +322,7 @@ mod tests {
             server_addr: "[2001:db8::1]:8080".parse().unwrap(),
             server_port: 443,
             https: true,
+            remote_user: "",
             request_id: "id-1",
             extra,
             script: SCRIPT,

@@ -3,15 +3,17 @@
 use std::{
     io,
     pin::Pin,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 
-use super::{files::FileBody, inflight::Finish, pipe::PipeBody};
+use super::{files::FileBody, inflight::Finish, pace::Pace, pipe::PipeBody};
 
+#[derive(Default)]
 pub enum Content {
+    #[default]
     Empty,
     Whole(Option<Bytes>),
     Pipe(PipeBody),
@@ -26,12 +28,40 @@ impl From<String> for Content {
 
 pub struct Answer {
     content: Content,
+    /// `None`: as fast as the client takes it.
+    pace: Option<Pace>,
     finish: Finish,
 }
 
 impl Answer {
-    pub fn new(content: Content, finish: Finish) -> Self {
-        Answer { content, finish }
+    pub fn new(content: Content, pace: Option<Pace>, finish: Finish) -> Self {
+        Answer { content, pace, finish }
+    }
+
+    fn kept(&self) -> u64 {
+        self.pace.as_ref().map_or(0, |pace| pace.kept() as u64)
+    }
+
+    fn poll_content(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
+        match &mut self.content {
+            Content::Empty => Poll::Ready(None),
+            Content::Whole(bytes) => Poll::Ready(bytes.take().filter(|b| !b.is_empty()).map(|b| Ok(Frame::data(b)))),
+            Content::Pipe(pipe) => Pin::new(pipe).poll_frame(cx),
+            Content::File(file) => Pin::new(file).poll_frame(cx),
+        }
+    }
+
+    fn poll_paced(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
+        if let Some(pace) = &mut self.pace
+            && let Some(bytes) = ready!(pace.poll_due(cx))
+        {
+            return Poll::Ready(Some(Ok(Frame::data(bytes))));
+        }
+        let frame = ready!(self.poll_content(cx));
+        Poll::Ready(match (frame, &mut self.pace) {
+            (Some(Ok(frame)), Some(pace)) => Some(Ok(frame.map_data(|bytes| pace.part(bytes)))),
+            (frame, _) => frame,
+        })
     }
 }
 
@@ -40,12 +70,7 @@ impl Body for Answer {
     type Error = io::Error;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
-        let frame = match &mut self.content {
-            Content::Empty => Poll::Ready(None),
-            Content::Whole(bytes) => Poll::Ready(bytes.take().filter(|b| !b.is_empty()).map(|b| Ok(Frame::data(b)))),
-            Content::Pipe(pipe) => Pin::new(pipe).poll_frame(cx),
-            Content::File(file) => Pin::new(file).poll_frame(cx),
-        };
+        let frame = self.poll_paced(cx);
         match &frame {
             Poll::Ready(Some(Ok(frame))) => self.finish.sent(frame.data_ref().map_or(0, Bytes::len)),
             Poll::Ready(Some(Err(error))) => self.finish.broken(error),
@@ -60,6 +85,9 @@ impl Body for Answer {
     }
 
     fn is_end_stream(&self) -> bool {
+        if self.kept() > 0 {
+            return false;
+        }
         match &self.content {
             Content::Empty => true,
             Content::Whole(bytes) => bytes.as_ref().is_none_or(Bytes::is_empty),
@@ -69,11 +97,16 @@ impl Body for Answer {
     }
 
     fn size_hint(&self) -> SizeHint {
-        match &self.content {
+        let hint = match &self.content {
             Content::Empty => SizeHint::with_exact(0),
             Content::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |b| b.len() as u64)),
             Content::Pipe(pipe) => pipe.size_hint(),
             Content::File(file) => file.size_hint(),
+        };
+        match (self.kept(), hint.exact()) {
+            (0, _) => hint,
+            (kept, Some(exact)) => SizeHint::with_exact(exact + kept),
+            (_, None) => SizeHint::default(),
         }
     }
 }

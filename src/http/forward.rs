@@ -8,6 +8,7 @@ use http_body::Body;
 use tokio::time::Instant;
 
 use super::{
+    accel,
     answer::Content,
     body::{self, Buffered},
     inflight::Record,
@@ -75,6 +76,7 @@ where
     let declared = php.parts.headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse().ok());
     let body = body::buffer(incoming, declared, &limits, &worker.buffers).await?;
     php.record.request_bytes.set(body.length().unwrap_or(0));
+    php.record.is_read.set(true);
     let site_root = site_root(worker, php.site).await;
 
     let idempotent = is_idempotent(&php.parts.method);
@@ -329,13 +331,24 @@ async fn attempt(
             let bytes: usize = pieces.iter().map(Bytes::len).sum();
             worker.dispatcher.finish(ticket, exchange.into_conn());
             php.record.undispatched();
-            if !bodiless && head.content_length.is_some_and(|told| told != bytes as u64) {
-                let told = head.content_length.unwrap_or(0);
-                let error = Error::new(Kind::UpstreamHeaders, format!("Content-Length {told}, but {bytes} bytes of body"));
-                return Err(Failed { error, hold: None });
+            // Applications tell the length of the file that is to be sent instead.
+            if bodiless || accel::is_in(&head.headers) {
+                return Ok(respond(head, Content::Empty, bodiless));
             }
-            let content = if bodiless { Content::Empty } else { Content::Whole(Some(body::join(pieces, bytes))) };
-            Ok(respond(head, content, bodiless))
+            let mut body = body::join(pieces, bytes);
+            match head.content_length {
+                Some(told) if told > bytes as u64 => {
+                    let error = Error::new(Kind::UpstreamHeaders, format!("Content-Length {told}, but {bytes} bytes of body"));
+                    return Err(Failed { error, hold: None });
+                }
+                // A blank line behind `?>`: what was told is whole.
+                Some(told) if told < bytes as u64 => {
+                    tracing::warn!(id = php.record.id.as_str(), told, bytes, "{}", pipe::TOO_LONG);
+                    body.truncate(usize::try_from(told).unwrap_or(bytes));
+                }
+                _ => {}
+            }
+            Ok(respond(head, Content::Whole(Some(body)), bodiless))
         }
         None => {
             let plan = Plan {
@@ -403,6 +416,7 @@ fn encode(
             server_addr: php.peer.local,
             server_port: php.client.server_port,
             https: php.client.https,
+            remote_user: php.record.user.borrow().as_deref().unwrap_or_default(),
             request_id: php.record.id.as_str(),
             extra: &php.route.params,
             script: params::Script {

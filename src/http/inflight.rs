@@ -20,9 +20,9 @@ use crate::{
         Phase, PhaseCell,
         drain::{End, Tally},
     },
-    model::Peer,
+    model::{Peer, rules::Cors},
     telemetry::{
-        access_log::{Entry, Writer},
+        access_log::{Entry, Heads, Writer},
         metrics::Shard,
     },
     upstream::{Endpoint, Ticket, store::InFlight},
@@ -50,6 +50,14 @@ pub struct Record {
     pub edits: RefCell<Option<Filled>>,
     /// Who it is, by `basic_auth`.
     pub user: RefCell<Option<String>>,
+    /// Its body has been read whole: the next request begins behind it.
+    pub is_read: Cell<bool>,
+    /// Where the access log's format asks for more than is here.
+    pub heads: RefCell<Option<Box<Heads>>>,
+    /// Bytes a second at most, by X-Accel-Limit-Rate.
+    pub pace: Cell<Option<u64>>,
+    /// What its route says to pages of other origins.
+    pub cors: RefCell<Option<Arc<Cors>>>,
     /// Its place under a `limit`.
     pub held: Cell<Option<Held>>,
 }
@@ -86,6 +94,10 @@ impl Record {
             way: RefCell::default(),
             edits: RefCell::default(),
             user: RefCell::default(),
+            is_read: Cell::new(false),
+            heads: RefCell::default(),
+            pace: Cell::default(),
+            cors: RefCell::default(),
             held: Cell::default(),
         })
     }
@@ -190,6 +202,7 @@ impl Sinks {
             cause,
             user_agent: b"",
             referer: b"",
+            heads: None,
         });
     }
 }
@@ -291,6 +304,7 @@ impl Drop for Finish {
                 cause: cause.map_or("", Kind::cause),
                 user_agent: record.user_agent.as_ref().map_or(b"", HeaderValue::as_bytes),
                 referer: record.referer.as_ref().map_or(b"", HeaderValue::as_bytes),
+                heads: record.heads.borrow().as_deref(),
             });
         }
     }

@@ -8,6 +8,7 @@ pub mod files;
 pub mod forward;
 pub mod inflight;
 pub mod layers;
+pub mod pace;
 pub mod pipe;
 pub mod preflight;
 pub mod route;

@@ -28,6 +28,9 @@ use crate::{
     fastcgi::exchange::{Event, Exchange},
 };
 
+/// As Nginx: the told length is sent, and the log says what PHP did.
+pub const TOO_LONG: &str = "PHP has written more than its Content-Length says; the rest is left out";
+
 /// Written to a spill file at once.
 const BATCH_BYTES: usize = 256 * 1024;
 /// An unbuffered answer waits for its client beyond this.
@@ -124,7 +127,7 @@ pub fn pipe(first: Vec<Bytes>, length: Option<u64>, buffers: &Buffers) -> (Pump,
     // What has been read is in memory already; beyond the budget the pump waits.
     let _ = pipe.memory.grow(pipe.queued);
     let pipe = Rc::new(RefCell::new(pipe));
-    let body = PipeBody { pipe: pipe.clone(), pool: buffers.pool.clone(), reading: None, left: length };
+    let body = PipeBody { pipe: pipe.clone(), pool: buffers.pool.clone(), reading: None, left: length, told: length.unwrap_or(0) };
     (Pump { pipe, buffers: buffers.clone() }, body)
 }
 
@@ -305,14 +308,19 @@ pub struct PipeBody {
     reading: Option<JoinHandle<io::Result<Bytes>>>,
     /// Of a told Content-Length.
     left: Option<u64>,
+    told: u64,
 }
 
 impl PipeBody {
-    fn give(&mut self, bytes: Bytes) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
+    fn give(&mut self, mut bytes: Bytes) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
         if let Some(left) = &mut self.left {
             match left.checked_sub(bytes.len() as u64) {
                 Some(rest) => *left = rest,
-                None => return Poll::Ready(Some(Err(io::Error::other("more bytes than Content-Length told")))),
+                None => {
+                    tracing::warn!(told = self.told, "{TOO_LONG}");
+                    bytes.truncate(usize::try_from(*left).unwrap_or(usize::MAX));
+                    *left = 0;
+                }
             }
         }
         Poll::Ready(Some(Ok(Frame::data(bytes))))
@@ -366,6 +374,11 @@ impl Body for PipeBody {
             Some(bytes) => self.give(bytes),
             None => self.as_mut().poll_frame(cx),
         }
+    }
+
+    /// What PHP writes beyond the told length is nobody's.
+    fn is_end_stream(&self) -> bool {
+        self.left == Some(0)
     }
 
     fn size_hint(&self) -> SizeHint {

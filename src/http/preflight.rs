@@ -28,7 +28,13 @@ pub fn question(sites: &SiteTable, upstream: &str, set: &SetConfig, preflight: &
     };
     let (path, query) = preflight.path.split_once('?').unwrap_or((&preflight.path, ""));
     let normal = route::normalize(path).map_err(|_| format!("the path {path} is malformed"))?;
-    let asked = Asked { method: &http::Method::GET, headers: &http::HeaderMap::new(), from: std::net::Ipv4Addr::LOCALHOST.into() };
+    let asked = Asked {
+        method: &http::Method::GET,
+        headers: &http::HeaderMap::new(),
+        query: Some(query),
+        from: std::net::Ipv4Addr::LOCALHOST.into(),
+        https: preflight.https,
+    };
     let route = route::route(site, &asked, &normal);
     if route.upstream.as_deref() != Some(upstream) {
         return Err(format!("{path} on site {} is not answered by upstream {upstream}", site.name));

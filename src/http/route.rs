@@ -5,18 +5,20 @@
 
 use std::{borrow::Cow, net::IpAddr, sync::Arc};
 
-use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
+use http::{HeaderMap, HeaderName, Method, StatusCode};
+use ipnet::IpNet;
 
-use super::variables::cookie;
+use super::variables::{argument, cookie};
 use crate::{
     error::Kind,
     model::{
         Route, Site, SiteTable,
-        rules::When,
+        rules::{Scheme, Wanted, When},
         site::{Files, Pattern, ScriptPattern},
     },
 };
 
+pub mod lossless;
 mod normalize;
 mod scripts;
 mod try_files;
@@ -52,8 +54,11 @@ fn without_port(host: &str) -> &str {
 pub struct Asked<'a> {
     pub method: &'a Method,
     pub headers: &'a HeaderMap,
+    pub query: Option<&'a str>,
     /// The client's address.
     pub from: IpAddr,
+    /// As the client sees it.
+    pub https: bool,
 }
 
 impl Asked<'_> {
@@ -65,18 +70,38 @@ impl Asked<'_> {
         method && (route.when.is_always() || self.fits(&route.when))
     }
 
+    /// All of it.
     fn fits(&self, when: &When) -> bool {
-        let header = |(name, wanted): &(HeaderName, Option<HeaderValue>)| match wanted {
-            None => self.headers.contains_key(name),
-            Some(value) => self.headers.get_all(name).iter().any(|sent| sent == value),
-        };
-        let cookie = |(name, wanted): &(String, Option<String>)| {
-            cookie(self.headers, name).is_some_and(|sent| wanted.as_ref().is_none_or(|wanted| *wanted == sent))
-        };
+        let scheme = if self.https { Scheme::Https } else { Scheme::Http };
+        when.scheme.is_none_or(|wanted| wanted == scheme)
+            && when.headers.iter().all(|wanted| self.has_header(wanted))
+            && when.cookies.iter().all(|wanted| self.has_cookie(wanted))
+            && when.args.iter().all(|wanted| self.has_argument(wanted))
+            && (when.from.is_empty() || self.is_from(&when.from))
+    }
+
+    /// Any of it: whom a maintenance lets through.
+    pub fn fits_any(&self, when: &When) -> bool {
+        when.headers.iter().any(|wanted| self.has_header(wanted))
+            || when.cookies.iter().any(|wanted| self.has_cookie(wanted))
+            || self.is_from(&when.from)
+    }
+
+    fn has_header(&self, (name, wanted): &(HeaderName, Wanted)) -> bool {
+        self.headers.get_all(name).iter().any(|sent| wanted.is(&String::from_utf8_lossy(sent.as_bytes())))
+    }
+
+    fn has_cookie(&self, (name, wanted): &(String, Wanted)) -> bool {
+        cookie(self.headers, name).is_some_and(|sent| wanted.is(&sent))
+    }
+
+    fn has_argument(&self, (name, wanted): &(String, Wanted)) -> bool {
+        self.query.and_then(|query| argument(query, name)).is_some_and(|sent| wanted.is(sent))
+    }
+
+    fn is_from(&self, networks: &[IpNet]) -> bool {
         let from = self.from.to_canonical();
-        when.headers.iter().all(header)
-            && when.cookies.iter().all(cookie)
-            && (when.from.is_empty() || when.from.iter().any(|net| net.contains(&from)))
+        networks.iter().any(|net| net.contains(&from))
     }
 }
 
@@ -84,9 +109,9 @@ impl Asked<'_> {
 /// else the site's default. `path` is a normalized one.
 pub fn route<'a>(site: &'a Site, asked: &Asked<'_>, path: &[u8]) -> &'a Arc<Route> {
     let takes = |route: &&Arc<Route>| asked.is_for(route);
-    // Expressions are over text. Bytes that are none show as U+FFFD, so that such a path cannot slip past a
+    // Expressions are over text. Bytes that are none are characters too, so that such a path cannot slip past a
     // `~^/private/` that refuses it.
-    let text = String::from_utf8_lossy(path);
+    let text = lossless::to_text(path);
     if let Some(route) = site.exact.get(text.as_ref()).and_then(|routes| routes.iter().find(takes)) {
         return route;
     }
@@ -179,7 +204,7 @@ pub enum Otherwise<'a> {
 }
 
 /// One look at the file system. Paths are normalized, start with `/` and lie under the root.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Step {
     /// A regular file is sent.
     File(Vec<u8>),
@@ -189,7 +214,7 @@ pub enum Step {
     Script(String),
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Index {
     /// A file's name.
     File(String),
@@ -213,7 +238,7 @@ pub fn target<'a>(site: &'a Site, route: &'a Route, path: &'a [u8], query: Optio
     if let Some((name, path_info)) = declared_script(site, path) {
         return run(Script { path_info, ..Script::named(name) });
     }
-    if has_dotfile(path) {
+    if has_dotfile(beyond_literal(route, path)) {
         return Target::NotFound(Refusal::Dotfile);
     }
     if looks_like_php(path) {
@@ -231,6 +256,16 @@ pub fn target<'a>(site: &'a Site, route: &'a Route, path: &'a [u8], query: Optio
         }
     }
     plan.target()
+}
+
+/// What a route says in so many words ("/media/.thumbs*") is its operator's wish; the rest of the path is the client's. "/." alone names nothing.
+fn beyond_literal<'a>(route: &Route, path: &'a [u8]) -> &'a [u8] {
+    let literal = match &route.pattern {
+        Pattern::Exact(literal) | Pattern::Prefix(literal) => literal.as_bytes(),
+        Pattern::Any | Pattern::Regex(_) => b"",
+    };
+    let names_one = has_dotfile(literal) && !literal.ends_with(b"/.");
+    path.strip_prefix(literal).filter(|_| names_one).unwrap_or(path)
 }
 
 /// Any segment that starts with a dot, but for the registered `/.well-known/` (RFC 8615).

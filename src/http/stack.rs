@@ -11,7 +11,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderValue, Method, Request, Response, StatusCode, Version, header, request::Parts};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version, header, request::Parts};
 use http_body::Body;
 use http_body_util::Empty;
 use hyper::body::Incoming;
@@ -20,19 +20,20 @@ use tokio::time::Instant;
 use super::{
     accel, actions,
     answer::{Answer, Content},
-    files::{FileRequest, Files, Served},
+    files::{Around, FileRequest, Files, Served},
     forward::{self, Php},
     inflight::{Finish, Record, Sinks},
     layers::{
-        access, auth, deadline,
+        access, auth, cors, deadline,
         guards::{self, Passed},
         headers::Filled,
         limits, real_ip,
         request_id::RequestId,
     },
+    pace::Pace,
     route::{self, Asked, Lookup, Otherwise, Refusal, Script, Step, Target},
     spill::Buffers,
-    variables::{Place, Variables},
+    variables::{Place, Variables, host_alone},
 };
 use crate::{
     error::{Error, Kind},
@@ -41,9 +42,10 @@ use crate::{
         Peer, Route, Settings, Site,
         names::X_REQUEST_ID,
         peer::ClientInfo,
-        rules::{BasicAuth, ErrorPage},
+        rules::{BasicAuth, ErrorPage, Maintenance},
         site::Symlinks,
     },
+    telemetry::access_log::Heads,
     upstream::Dispatcher,
 };
 
@@ -117,17 +119,33 @@ pub async fn serve(worker: Rc<Worker>, peer: Peer, request: Request<Incoming>) -
         }
         response
     });
+    // Nobody reads the rest of it to find the next request behind it (RFC 9112, section 9.6).
+    let has_body = parts.headers.contains_key(header::TRANSFER_ENCODING)
+        || parts.headers.get(header::CONTENT_LENGTH).is_some_and(|length| length != "0");
+    if has_body && !record.is_read.get() && parts.version < Version::HTTP_2 {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    // Errors too: else a page sees no more of one than that there was one.
+    if let Some(told) = record.cors.take() {
+        let is_preflight = response.status() == StatusCode::NO_CONTENT && cors::is_preflight(&parts);
+        response = cors::told(&told, &parts, is_preflight, response).await;
+    }
     record.status.set(response.status().as_u16());
     if let Some(edits) = record.edits.take() {
-        edits.apply_to_answer(response.status(), response.headers_mut(), SystemTime::now());
+        let is_phps = record.way.borrow().attempts > 0;
+        edits.apply_to_answer(response.status(), is_phps, response.headers_mut(), SystemTime::now());
     }
     if let Ok(value) = HeaderValue::from_str(record.id.as_str()) {
         response.headers_mut().insert(X_REQUEST_ID, value);
     }
+    if let Some(heads) = record.heads.borrow_mut().as_mut() {
+        heads.response.clone_from(response.headers());
+    }
     if matches!(response.body(), Content::Empty) {
         finish.whole();
     }
-    response.map(|content| Answer::new(content, finish))
+    let pace = record.pace.get().map(Pace::new);
+    response.map(|content| Answer::new(content, pace, finish))
 }
 
 async fn answer(
@@ -162,7 +180,7 @@ async fn answer(
     let asks = Asks { worker, settings, site: &site, peer, client: &client, record };
     let mut rewrites = 0;
     let (route, is_hidden) = loop {
-        let route = asks.route(parts, &path).clone();
+        let route = asks.route(parts, &path, query.as_deref()).clone();
         // Nobody may ask for it by its own path, nor learn that it is there.
         if route.internal && rewrites == 0 {
             break (route, true);
@@ -180,7 +198,11 @@ async fn answer(
     };
     let query = query.as_deref();
     record.access_log.set(route.access_log);
+    if route.access_log && worker.sinks.access.needs_heads() {
+        *record.heads.borrow_mut() = Some(Box::new(heads(&asks, parts, &path)));
+    }
     // Whatever becomes of it, errors included.
+    record.cors.borrow_mut().clone_from(&route.cors);
     *record.edits.borrow_mut() = Filled::new(&route.headers, route.expires, &asks.variables(&route, parts, &path, query));
     let result = match is_hidden {
         true => Err(Error::new(Kind::NotFound, format!("route {} is internal", route.path))),
@@ -207,6 +229,20 @@ struct Asks<'a> {
     record: &'a Rc<Record>,
 }
 
+fn heads(asks: &Asks<'_>, parts: &Parts, path: &[u8]) -> Heads {
+    let Asks { client, peer, .. } = asks;
+    Heads {
+        host: host_alone(&client.host).to_ascii_lowercase(),
+        https: client.https,
+        server_addr: peer.local.ip().to_canonical(),
+        server_port: client.server_port,
+        remote_port: client.port,
+        uri: path.to_vec(),
+        request: parts.headers.clone(),
+        response: HeaderMap::new(),
+    }
+}
+
 /// An answer of ours that is nothing but its status.
 #[derive(Clone, Copy)]
 struct Bare;
@@ -221,9 +257,12 @@ fn as_get(parts: &Parts) -> Parts {
 }
 
 impl Asks<'_> {
-    fn route(&self, parts: &Parts, path: &[u8]) -> &Arc<Route> {
-        let asked = Asked { method: &parts.method, headers: &parts.headers, from: self.client.address };
-        route::route(self.site, &asked, path)
+    fn asked<'a>(&self, parts: &'a Parts, query: Option<&'a str>) -> Asked<'a> {
+        Asked { method: &parts.method, headers: &parts.headers, query, from: self.client.address, https: self.client.https }
+    }
+
+    fn route(&self, parts: &Parts, path: &[u8], query: Option<&str>) -> &Arc<Route> {
+        route::route(self.site, &self.asked(parts, query), path)
     }
 
     fn variables<'a>(&'a self, route: &'a Route, parts: &'a Parts, path: &'a [u8], query: Option<&'a str>) -> Variables<'a> {
@@ -239,11 +278,22 @@ impl Asks<'_> {
         query: Option<&str>,
         body: Incoming,
     ) -> Result<Response<Content>, Error> {
+        if let Some(maintenance) = &route.maintenance
+            && !self.asked(parts, query).fits_any(&maintenance.bypass)
+            && self.is_on(maintenance).await
+        {
+            let why = format!("route {} is in maintenance", route.path);
+            return Err(Error::new(Kind::Maintenance, why).come_again(maintenance.retry_after));
+        }
         // Before anything is done for a client that may not, or asks too often. What guards /admin guards /index.php/admin: to many front controllers that is the same.
         let behind = route::declared_script(self.site, path).map(|(_, info)| info).filter(|info| !info.is_empty());
-        let behind = behind.map(|info| self.route(parts, info)).filter(|other| !Arc::ptr_eq(other, route));
+        let behind = behind.map(|info| self.route(parts, info, query)).filter(|other| !Arc::ptr_eq(other, route));
         for (nth, guard) in std::iter::once(route).chain(behind).enumerate() {
             access::check(&guard.access, self.client.address)?;
+            // A browser asks without its user's name.
+            if nth == 0 && route.cors.is_some() && cors::is_preflight(parts) {
+                return Ok(status(StatusCode::NO_CONTENT, &[]));
+            }
             // One that is the site's is the same for both.
             if let Some(limit) = &guard.limit
                 && (nth == 0 || !route.limit.as_ref().is_some_and(|own| Arc::ptr_eq(&own.counters, &limit.counters)))
@@ -268,6 +318,12 @@ impl Asks<'_> {
         self.follow(parts, response).await
     }
 
+    /// Whether the file is there that turns a maintenance on, as of a second ago at most.
+    async fn is_on(&self, maintenance: &Maintenance) -> bool {
+        let Some(file) = &maintenance.file else { return true };
+        self.worker.files.exists(Path::new("/"), &Symlinks::Follow, file.as_os_str().as_encoded_bytes()).await
+    }
+
     async fn is_known(&self, asked: &BasicAuth, parts: &Parts) -> Result<bool, Error> {
         let Some((user, password)) = auth::credentials(&parts.headers) else { return Ok(false) };
         let right = auth::is_right(&self.worker.buffers.pool, &asked.file, user.clone(), password).await?;
@@ -279,17 +335,35 @@ impl Asks<'_> {
 
     /// Where PHP says that a file is to be sent instead of its answer: that file, by an internal route, for what could be asked for by its own path would not need PHP's word.
     async fn follow(&self, parts: &Parts, mut response: Response<Content>) -> Result<Response<Content>, Error> {
-        let Some(accel::Redirect { path, query }) = accel::take(response.headers_mut())? else { return Ok(response) };
+        let accel::Told { redirect, limit_rate, charset } = accel::take(response.headers_mut())?;
+        self.record.pace.set(limit_rate);
+        let mut response = match redirect {
+            None => response,
+            Some(redirect) => self.redirected(parts, redirect, response).await?,
+        };
+        if let Some(charset) = charset {
+            accel::say_charset(&charset, response.headers_mut());
+        }
+        Ok(response)
+    }
+
+    async fn redirected(
+        &self,
+        parts: &Parts,
+        redirect: accel::Redirect,
+        response: Response<Content>,
+    ) -> Result<Response<Content>, Error> {
+        let accel::Redirect { path, query } = redirect;
         let php = response.into_parts().0;
         let parts = as_get(parts);
-        let route = self.route(&parts, &path);
+        let route = self.route(&parts, &path, query.as_deref());
         let shown = String::from_utf8_lossy(&path).into_owned();
         if !route.internal {
             let why = format!("X-Accel-Redirect leads to {shown}, whose route is not internal");
             return Err(Error::new(Kind::Internal, why));
         }
         let mut response = self.by_route(route, &parts, &path, query.as_deref(), Some(Empty::<Bytes>::new())).await?;
-        if accel::take(response.headers_mut())?.is_some() {
+        if accel::take(response.headers_mut())?.redirect.is_some() {
             return Err(Error::new(Kind::Internal, format!("X-Accel-Redirect leads to {shown}, which leads further")));
         }
         accel::keep(&php.headers, response.headers_mut());
@@ -308,7 +382,10 @@ impl Asks<'_> {
             Ok(response) if response.extensions().get::<Bare>().is_some() => response.status(),
             Ok(_) => return None,
         };
-        let page = route.error_page(status.as_u16())?;
+        let is_maintenance = matches!(result, Err(error) if error.kind == Kind::Maintenance);
+        let own = route.maintenance.as_ref().filter(|_| is_maintenance).and_then(|maintenance| maintenance.page.clone());
+        let own = own.map(ErrorPage::Path);
+        let page = own.as_ref().or_else(|| route.error_page(status.as_u16()))?;
         let mut response = match page {
             ErrorPage::Url(url) => {
                 let mut response = self::status(StatusCode::FOUND, &[]);
@@ -330,11 +407,20 @@ impl Asks<'_> {
                 ] {
                     parts.headers.remove(name);
                 }
-                let route = self.route(&parts, path.as_bytes());
-                // A script would see what was asked for, and might show it; and who asks too often would still be PHP's work.
-                let body = (![401, 403, 429].contains(&status.as_u16())).then(Empty::<Bytes>::new);
+                let route = self.route(&parts, path.as_bytes(), None);
+                // A script would see what was asked for, and might show it; and who asks too often would still be PHP's work, which in a maintenance is not to be
+                // asked.
+                let may_run = ![401, 403, 429].contains(&status.as_u16()) && !is_maintenance;
+                let body = may_run.then(Empty::<Bytes>::new);
                 match self.by_route(route, &parts, path.as_bytes(), None, body).await {
-                    Ok(response) if response.status().is_success() && !accel::is_in(response.headers()) => response,
+                    // An application's own page may say the status itself.
+                    Ok(response)
+                        if (response.status().is_success() || response.status() == status)
+                            && response.extensions().get::<Bare>().is_none()
+                            && !accel::is_in(response.headers()) =>
+                    {
+                        response
+                    }
                     other => {
                         let why = other.map_or_else(|error| error.to_string(), |response| response.status().to_string());
                         tracing::warn!(id = self.record.id.as_str(), page = path, why, "the error page cannot be shown");
@@ -347,8 +433,10 @@ impl Asks<'_> {
         match result {
             Err(error) => error.say_when(response.headers_mut()),
             Ok(bare) => {
-                if let Some(challenge) = bare.headers().get(header::WWW_AUTHENTICATE) {
-                    response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge.clone());
+                for name in [header::WWW_AUTHENTICATE, header::ALLOW, header::CONTENT_RANGE] {
+                    if let Some(value) = bare.headers().get(&name) {
+                        response.headers_mut().insert(name, value.clone());
+                    }
                 }
             }
         }
@@ -378,6 +466,11 @@ impl Asks<'_> {
         access::check(&route.access, client.address)?;
         if let Some(action) = &route.action {
             let mut response = actions::answer(action, &variables)?;
+            // As Nginx's `return 404`.
+            let is_bare = matches!(response.body(), Content::Empty);
+            if is_bare && (response.status().is_client_error() || response.status().is_server_error()) {
+                response.extensions_mut().insert(Bare);
+            }
             if parts.method == Method::HEAD {
                 *response.body_mut() = Content::Empty;
             }
@@ -395,13 +488,19 @@ impl Asks<'_> {
             (Target::Lookup(_), None) => return Err(Error::new(Kind::NotFound, "no root".to_owned())),
             (Target::Lookup(lookup), Some(root)) => {
                 let request = FileRequest { method: &parts.method, headers: &parts.headers, path, query };
+                let around = Around { root, symlinks: &site.symlinks, precompressed: &route.precompressed };
                 let served = if elsewhere.is_empty() {
-                    worker.files.serve(request, root, &site.symlinks, lookup).await?
+                    worker.files.serve(request, around, lookup).await?
                 } else {
-                    serve_from_any(worker, site, request, root, &elsewhere, lookup).await?
+                    serve_from_any(worker, request, around, &elsewhere, lookup).await?
                 };
                 match served {
-                    Served::Response(response) => return Ok(response.map(Content::File)),
+                    Served::Response(mut response) => {
+                        if response.status().is_client_error() {
+                            response.extensions_mut().insert(Bare);
+                        }
+                        return Ok(response.map(Content::File));
+                    }
                     Served::Script(script) => script,
                     Served::Status(code) => return Ok(status(code, &[])),
                     Served::NotFound => return Err(Error::new(Kind::NotFound, "no such file".to_owned())),
@@ -409,7 +508,7 @@ impl Asks<'_> {
             }
         };
         let Some(body) = body else {
-            return Err(Error::new(Kind::Internal, "a script cannot be the page of 401, 403 or 429".to_owned()));
+            return Err(Error::new(Kind::Internal, "a script cannot be the page of 401, 403, 429 or a maintenance".to_owned()));
         };
         let Script { name, path_info, query: script_query } = script;
         let Ok(path_info) = std::str::from_utf8(path_info) else {
@@ -474,15 +573,14 @@ fn roots(worker: &Worker, upstream: Option<&str>) -> (Option<PathBuf>, Vec<PathB
 /// nothing is there.
 async fn serve_from_any<'a>(
     worker: &Worker,
-    site: &crate::model::Site,
     request: FileRequest<'_>,
-    own: &Path,
+    own: Around<'_>,
     others: &[PathBuf],
     lookup: Lookup<'a>,
 ) -> Result<Served<'a>, Error> {
     let Lookup { steps, otherwise } = lookup;
     let files = steps.iter().filter(|step| matches!(step, Step::File(_))).cloned().collect::<Vec<_>>();
-    let served = worker.files.serve(request, own, &site.symlinks, Lookup { steps, otherwise: Otherwise::NotFound }).await?;
+    let served = worker.files.serve(request, own, Lookup { steps, otherwise: Otherwise::NotFound }).await?;
     if !matches!(served, Served::NotFound) {
         return Ok(served);
     }
@@ -490,7 +588,8 @@ async fn serve_from_any<'a>(
         for root in others {
             let lookup = Lookup { steps: files.clone(), otherwise: Otherwise::NotFound };
             // Whatever the site's own rule: a link of another release leads nowhere but into that release. And what is wrong there is not an answer here.
-            if let Ok(response @ Served::Response(_)) = worker.files.serve(request, root, &Symlinks::Within, lookup).await {
+            let around = Around { root, symlinks: &Symlinks::Within, ..own };
+            if let Ok(response @ Served::Response(_)) = worker.files.serve(request, around, lookup).await {
                 return Ok(response);
             }
         }

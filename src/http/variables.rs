@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use http::{HeaderMap, header, request::Parts};
 
-use super::route::encode;
+use super::route::{encode, lossless};
 use crate::model::{
     Peer, Route, Site,
     peer::ClientInfo,
@@ -49,17 +49,26 @@ impl Variables<'_> {
     }
 
     fn put(&self, out: &mut String, variable: &Variable, place: Place) {
+        // The bytes themselves, where they are no text too.
+        if *variable == Variable::Uri && matches!(place, Place::Location | Place::Rewrite) {
+            return encode(out, self.path);
+        }
         let value = self.value(variable);
         match place {
             // Decoded parts of the path are percent-encoded again; the query and the target are as they were sent, which hyper has checked.
-            Place::Location | Place::Rewrite if matches!(variable, Variable::Uri | Variable::Capture(_)) => {
-                encode(out, value.as_bytes())
+            Place::Location | Place::Rewrite if matches!(variable, Variable::Capture(_)) => {
+                encode(out, &lossless::to_bytes(&value));
             }
             // What a client chooses must not end the path, nor be decoded once more.
             Place::Rewrite
                 if !out.contains('?') && matches!(variable, Variable::Arg(_) | Variable::Cookie(_) | Variable::Header(_)) =>
             {
                 encode(out, value.as_bytes());
+            }
+            // No text: they show as U+FFFD.
+            Place::Header | Place::Body if matches!(variable, Variable::Capture(_)) => {
+                let shown = String::from_utf8_lossy(&lossless::to_bytes(&value)).into_owned();
+                out.extend(shown.chars().filter(|c| place == Place::Body || !c.is_control()));
             }
             Place::Location | Place::Rewrite | Place::Header => out.extend(value.chars().filter(|c| !c.is_control())),
             Place::Body => out.push_str(&value),
@@ -95,7 +104,7 @@ impl Variables<'_> {
 
     fn captured(&self, group: &str) -> Option<String> {
         let Pattern::Regex(regex) = &self.route.pattern else { return None };
-        let path = String::from_utf8_lossy(self.path);
+        let path = lossless::to_text(self.path);
         let captures = regex.captures(&path)?;
         let found = match group.parse::<usize>() {
             Ok(number) => captures.get(number),
@@ -105,13 +114,13 @@ impl Variables<'_> {
     }
 }
 
-fn host_alone(host: &str) -> &str {
+pub fn host_alone(host: &str) -> &str {
     let end = if host.starts_with('[') { host.find(']').map(|at| at + 1) } else { host.find(':') };
     host.get(..end.unwrap_or(host.len())).unwrap_or(host)
 }
 
 /// The first of that name, as it was sent.
-fn argument<'a>(query: &'a str, name: &str) -> Option<&'a str> {
+pub fn argument<'a>(query: &'a str, name: &str) -> Option<&'a str> {
     query.split('&').find_map(|pair| {
         let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
         (key == name).then_some(value)

@@ -4,17 +4,60 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use http::{HeaderName, HeaderValue, StatusCode};
 use ipnet::IpNet;
+use regex::Regex;
+use tower_http::cors::CorsLayer;
 
 use super::text::Text;
 
 /// Beyond path and method, which requests a route takes. All that is named must hold.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct When {
-    /// `None`: any value.
-    pub headers: Vec<(HeaderName, Option<HeaderValue>)>,
-    pub cookies: Vec<(String, Option<String>)>,
+    pub headers: Vec<(HeaderName, Wanted)>,
+    pub cookies: Vec<(String, Wanted)>,
+    /// Of the query, as they were sent.
+    pub args: Vec<(String, Wanted)>,
     /// Empty: from anywhere.
     pub from: Vec<IpNet>,
+    /// "http" or "https", as the client sees it; `None`: either.
+    pub scheme: Option<Scheme>,
+}
+
+/// What a value must be.
+#[derive(Clone, Debug)]
+pub enum Wanted {
+    Any,
+    Text(String),
+    /// Finds something in it.
+    Pattern(Regex),
+}
+
+impl Wanted {
+    pub fn is(&self, value: &str) -> bool {
+        match self {
+            Wanted::Any => true,
+            Wanted::Text(text) => text == value,
+            Wanted::Pattern(regex) => regex.is_match(value),
+        }
+    }
+}
+
+impl PartialEq for Wanted {
+    fn eq(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Wanted::Any, Wanted::Any) => true,
+            (Wanted::Text(a), Wanted::Text(b)) => a == b,
+            (Wanted::Pattern(a), Wanted::Pattern(b)) => a.as_str() == b.as_str(),
+            _ => false,
+        }
+    }
+}
+
+impl Eq for Wanted {}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scheme {
+    Http,
+    Https,
 }
 
 impl When {
@@ -30,6 +73,54 @@ pub struct Access {
     pub allow: Vec<IpNet>,
     /// Before `allow`.
     pub deny: Vec<IpNet>,
+}
+
+/// Which pages of other origins may read the answers (Fetch standard, "CORS protocol").
+#[derive(Clone, Debug)]
+pub struct Cors {
+    /// As written, for `check --expand`.
+    pub origins: Vec<String>,
+    pub methods: Vec<String>,
+    pub headers: Vec<String>,
+    pub expose: Vec<String>,
+    pub credentials: bool,
+    pub max_age: Duration,
+    pub layer: CorsLayer,
+}
+
+/// 503 for all but a few, by the operator's word.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Maintenance {
+    /// A static file of the site; `None`: a line of text.
+    pub page: Option<String>,
+    /// Whoever has one of these goes on.
+    pub bypass: When,
+    /// For search engines and clients that come again by themselves; `None`: not told.
+    pub retry_after: Option<Duration>,
+    /// Only while this file exists; `None`: always.
+    pub file: Option<PathBuf>,
+}
+
+/// What a file beside another may hold: the same, compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Coding {
+    Brotli,
+    Zstd,
+    Gzip,
+}
+
+impl Coding {
+    /// Name in Accept-Encoding and Content-Encoding (IANA), and the ending of the file.
+    pub const ALL: [(Coding, &str, &str); 3] =
+        [(Coding::Brotli, "br", ".br"), (Coding::Zstd, "zstd", ".zst"), (Coding::Gzip, "gzip", ".gz")];
+
+    pub fn name(self) -> &'static str {
+        Self::ALL.iter().find(|(coding, ..)| *coding == self).map_or("gzip", |(_, name, _)| name)
+    }
+
+    pub fn ending(self) -> &'static str {
+        Self::ALL.iter().find(|(coding, ..)| *coding == self).map_or(".gz", |(.., ending)| ending)
+    }
 }
 
 /// User and password.
@@ -117,7 +208,7 @@ pub enum Action {
     Respond { status: StatusCode, body: Text, content_type: HeaderValue },
 }
 
-/// Changes of headers, in this order: removed, set, added.
+/// Changes of headers, in this order: removed, set, added, and what is still missing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HeaderEdits {
     pub remove: Vec<HeaderName>,
@@ -125,6 +216,8 @@ pub struct HeaderEdits {
     pub set: Vec<(HeaderName, Text)>,
     /// Beside what is there.
     pub add: Vec<(HeaderName, Text)>,
+    /// Where there is none of that name.
+    pub default: Vec<(HeaderName, Text)>,
 }
 
 impl HeaderEdits {
@@ -133,11 +226,19 @@ impl HeaderEdits {
     }
 }
 
+/// Who may keep an answer, and that it never changes (RFC 9111, section 5.2.2; RFC 8246).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Kept {
+    pub public: bool,
+    pub private: bool,
+    pub immutable: bool,
+}
+
 /// `Cache-Control` and `Expires` of answers that may be kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Expires {
     /// For so long.
-    After(Duration),
+    After(Duration, Kept),
     /// "epoch": not at all.
     Epoch,
     /// "max": for ever.

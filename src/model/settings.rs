@@ -4,6 +4,8 @@ use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use ipnet::IpNet;
 
+use super::log_text::LogText;
+
 #[derive(Clone, Debug, PartialEq)]
 pub struct Settings {
     pub listen: Listen,
@@ -66,6 +68,8 @@ pub struct Buffer {
     pub total: u64,
     pub dir: PathBuf,
     pub disk: u64,
+    /// Small static files and what is known of paths; 0: none.
+    pub files: u64,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -74,6 +78,8 @@ pub struct Log {
     /// A tracing level or filter: "info", "debug", "slackwater=debug,info".
     pub level: String,
     pub access: AccessFormat,
+    /// Percent, from 1 to 100, of what was answered below 400.
+    pub access_sample: u8,
     /// "stdout", "stderr" or a path.
     pub access_file: String,
 }
@@ -90,6 +96,7 @@ pub enum AccessFormat {
     Json,
     Combined,
     Off,
+    Custom(Arc<LogText>),
 }
 
 #[derive(Clone, Debug, PartialEq)]

@@ -5,7 +5,7 @@ use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
 use regex::Regex;
 
 use super::{
-    rules::{Access, Action, BasicAuth, ErrorPage, ErrorPages, Expires, HeaderEdits, Limit, When},
+    rules::{Access, Action, BasicAuth, Coding, Cors, ErrorPage, ErrorPages, Expires, HeaderEdits, Limit, Maintenance, When},
     text::Text,
 };
 
@@ -23,6 +23,8 @@ pub struct SiteTable {
 pub struct Site {
     /// The first host, or "default": the `site` label of metrics and logs.
     pub name: Arc<str>,
+    /// Whose defaults it has, for `check --expand`.
+    pub preset: Option<&'static str>,
     pub root: Option<PathBuf>,
     pub php_root: PhpRoot,
     pub index: Vec<String>,
@@ -51,7 +53,7 @@ pub enum PhpRoot {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ScriptPattern(pub String);
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Symlinks {
     Follow,
     Within,
@@ -82,6 +84,10 @@ pub struct Route {
     /// Of the request, before PHP sees it.
     pub request_headers: HeaderEdits,
     pub expires: Option<Expires>,
+    pub cors: Option<Arc<Cors>>,
+    pub maintenance: Option<Arc<Maintenance>>,
+    /// Of a static file, beside it: the first that the client takes.
+    pub precompressed: Vec<Coding>,
     /// The upstream's name; `None`: no PHP here.
     pub upstream: Option<Arc<str>>,
     pub files: Files,
@@ -99,6 +105,19 @@ pub struct Route {
 }
 
 impl Route {
+    /// The same for an exact path, in its place among the others.
+    pub fn into_expression(self) -> Option<Route> {
+        let expression = format!("^{}$", regex::escape(&self.path));
+        let pattern = Pattern::Regex(Regex::new(&expression).ok()?);
+        Some(Route { path: format!("~{expression}"), pattern, ..self })
+    }
+
+    /// Whether it is there to refuse, beyond what its site does (`site`).
+    pub fn closes(&self, site: &Route) -> bool {
+        let refuses = matches!(&self.action, Some(Action::Respond { status, .. }) if status.is_client_error());
+        refuses && self.action != site.action || self.internal && !site.internal || self.access != site.access
+    }
+
     pub fn error_page(&self, status: u16) -> Option<&ErrorPage> {
         self.error_pages.iter().find(|((from, to), _)| (*from..=*to).contains(&status)).map(|(_, page)| page)
     }

@@ -10,9 +10,9 @@ pub struct Text {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Piece {
+pub enum Piece<V = Variable> {
     Literal(String),
-    Variable(Variable),
+    Variable(V),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -66,3 +66,58 @@ pub const NAMES: [(&str, Variable); 16] = [
     ("request_method", Variable::RequestMethod),
     ("request_id", Variable::RequestId),
 ];
+
+/// A text as its writer sees it: plain parts, and the names in `$name` and `${name}`. A name that begins with a digit is that digit alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part<'a> {
+    Literal(&'a str),
+    Name(&'a str),
+    /// `${` without its `}`.
+    Unclosed,
+}
+
+pub fn parts(text: &str) -> Vec<Part<'_>> {
+    let mut parts = Vec::new();
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once('$') {
+        if !before.is_empty() {
+            parts.push(Part::Literal(before));
+        }
+        let (name, next) = match after.strip_prefix('{') {
+            Some(inner) => match inner.split_once('}') {
+                Some(found) => found,
+                None => {
+                    parts.push(Part::Unclosed);
+                    return parts;
+                }
+            },
+            None => {
+                let digits = after.bytes().next().is_some_and(|b| b.is_ascii_digit());
+                let fits = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
+                after.split_at(if digits { 1 } else { after.bytes().take_while(|b| fits(*b)).count() })
+            }
+        };
+        parts.push(Part::Name(name));
+        rest = next;
+    }
+    if !rest.is_empty() {
+        parts.push(Part::Literal(rest));
+    }
+    parts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Part::*, *};
+
+    #[test]
+    fn names_end_where_they_can_be_no_longer() {
+        assert_eq!(parts("/a$uri.html"), [Literal("/a"), Name("uri"), Literal(".html")]);
+        assert_eq!(
+            parts("$1a${b}c$is_args$args"),
+            [Name("1"), Literal("a"), Name("b"), Literal("c"), Name("is_args"), Name("args")]
+        );
+        assert_eq!(parts("a$"), [Literal("a"), Name("")]);
+        assert_eq!(parts("a${b"), [Literal("a"), Unclosed]);
+    }
+}

@@ -1,4 +1,4 @@
-//! One line a request, JSON or Nginx's `combined`.
+//! One line a request: JSON, Nginx's `combined`, or a format of the operator's.
 //!
 //! Each worker formats into a buffer of its own and hands whole batches to the [`LineSink`]; what the sink has no room
 //! for is lost and counted. Every value that a client chose is escaped, so that no request can forge a line.
@@ -7,16 +7,21 @@ use std::{
     fmt::Write as _,
     io::{self, Write as _},
     net::IpAddr,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU8, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use arc_swap::ArcSwap;
+use http::HeaderMap;
+
 use super::sink::LineSink;
 pub use super::sink::Target;
-use crate::model::{Address, settings::AccessFormat};
+use crate::model::{
+    Address,
+    settings::{AccessFormat, Log},
+};
+
+mod custom;
 
 /// A worker's buffer goes to the writer when it holds this much, or at the next [`Writer::tick`].
 pub const FLUSH_BYTES: usize = 16 << 10;
@@ -53,11 +58,47 @@ pub struct Entry<'a> {
     pub cause: &'a str,
     pub user_agent: &'a [u8],
     pub referer: &'a [u8],
+    /// Where the format asks for it.
+    pub heads: Option<&'a Heads>,
+}
+
+/// What a format of the operator's may ask for besides.
+#[derive(Clone, Debug)]
+pub struct Heads {
+    /// As the client sees it.
+    pub host: String,
+    pub https: bool,
+    pub server_addr: IpAddr,
+    pub server_port: u16,
+    /// 0: not known, behind a proxy.
+    pub remote_port: u16,
+    /// Normalized, and rewritten.
+    pub uri: Vec<u8>,
+    pub request: HeaderMap,
+    pub response: HeaderMap,
 }
 
 struct Shared {
     sink: LineSink,
-    format: AtomicU8,
+    format: ArcSwap<Format>,
+}
+
+struct Format {
+    access: AccessFormat,
+    /// Percent of what was answered below 400.
+    sample: u8,
+}
+
+impl Format {
+    fn of(log: &Log) -> ArcSwap<Self> {
+        ArcSwap::from_pointee(Format { access: log.access.clone(), sample: log.access_sample })
+    }
+
+    /// What went wrong is always logged.
+    fn takes(&self, entry: &Entry<'_>) -> bool {
+        let is_well = entry.status < 400 && entry.cause.is_empty();
+        !is_well || self.sample >= 100 || rand::random_range(0..100) < self.sample
+    }
 }
 
 /// The access log of the process; clones share it.
@@ -66,9 +107,9 @@ pub struct AccessLog(Arc<Shared>);
 
 impl AccessLog {
     /// Opens the target and starts the writer thread. Errors: the file cannot be opened.
-    pub fn start(format: AccessFormat, target: Target) -> io::Result<AccessLog> {
+    pub fn start(log: &Log, target: Target) -> io::Result<AccessLog> {
         let sink = LineSink::start("access-log", target)?;
-        Ok(AccessLog(Arc::new(Shared { sink, format: AtomicU8::new(code(&format)) })))
+        Ok(AccessLog(Arc::new(Shared { sink, format: Format::of(log) })))
     }
 
     /// A buffer for one worker.
@@ -81,8 +122,8 @@ impl AccessLog {
         self.0.sink.reopen()
     }
 
-    pub fn set_format(&self, format: AccessFormat) {
-        self.0.format.store(code(&format), Ordering::Relaxed);
+    pub fn set_format(&self, log: &Log) {
+        self.0.format.store(Format::of(log).into_inner());
     }
 
     /// Turns to another file; on an error the old one stays. Touches the file system: not for a worker.
@@ -102,14 +143,6 @@ impl AccessLog {
     }
 }
 
-fn code(format: &AccessFormat) -> u8 {
-    match format {
-        AccessFormat::Off => 0,
-        AccessFormat::Json => 1,
-        AccessFormat::Combined => 2,
-    }
-}
-
 /// The access log of one worker. The mutex is there for `Sync` alone: nobody else takes it.
 pub struct Writer {
     shared: Arc<Shared>,
@@ -124,10 +157,15 @@ struct State {
 }
 
 impl Writer {
+    /// Whether entries are to have their `heads`.
+    pub fn needs_heads(&self) -> bool {
+        matches!(&self.shared.format.load().access, AccessFormat::Custom(text) if text.needs_heads)
+    }
+
     /// Formats one line. Never blocks.
     pub fn log(&self, entry: &Entry<'_>) {
-        let format = self.shared.format.load(Ordering::Relaxed);
-        if format == code(&AccessFormat::Off) {
+        let format = self.shared.format.load();
+        if format.access == AccessFormat::Off || !format.takes(entry) {
             return;
         }
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -136,10 +174,11 @@ impl Writer {
             // Room for the line that goes over the mark.
             buffer.reserve(FLUSH_BYTES + 1024);
         }
-        if format == code(&AccessFormat::Json) {
-            json(buffer, clock, entry);
-        } else {
-            combined(buffer, clock, entry);
+        match &format.access {
+            AccessFormat::Off => {}
+            AccessFormat::Json => json(buffer, clock, entry),
+            AccessFormat::Combined => combined(buffer, clock, entry),
+            AccessFormat::Custom(text) => custom::line(buffer, clock, text, entry),
         }
         *lines += 1;
         if buffer.len() >= FLUSH_BYTES {
@@ -412,6 +451,11 @@ impl Clock {
         out.push(b'.');
         digits::<3>(out, self.millis);
         out.push(b'Z');
+    }
+
+    fn write_iso8601(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&self.iso);
+        out.extend_from_slice(b"+00:00");
     }
 
     fn write_common(&self, out: &mut Vec<u8>) {

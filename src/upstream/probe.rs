@@ -443,6 +443,7 @@ fn encode(out: &mut BytesMut, question: &Question) -> Result<(), params::ParamsE
                 (false, false) => 80,
             },
             https: question.https,
+            remote_user: "",
             request_id: "probe",
             extra: &question.params,
             script: params::Script {

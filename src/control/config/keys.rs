@@ -27,8 +27,8 @@ pub const KEYS: Keys = &[
             "max_requests_per_connection",
         ],
     ),
-    ("buffer", &["memory", "total", "dir", "disk"]),
-    ("log", &["format", "level", "access", "access_file"]),
+    ("buffer", &["memory", "total", "dir", "disk", "files"]),
+    ("log", &["format", "level", "access", "access_file", "access_sample"]),
     ("drain", &["grace", "lame_duck", "health_fail_delay", "quiet", "margin", "receipt"]),
     (
         "upstream",
@@ -61,6 +61,7 @@ pub const KEYS: Keys = &[
         "site",
         &[
             "hosts",
+            "preset",
             "root",
             "php_root",
             "index",
@@ -89,6 +90,9 @@ pub const KEYS: Keys = &[
             "headers",
             "request_headers",
             "expires",
+            "cors",
+            "maintenance",
+            "precompressed",
         ],
     ),
     (
@@ -117,15 +121,20 @@ pub const KEYS: Keys = &[
             "headers",
             "request_headers",
             "expires",
+            "cors",
+            "maintenance",
+            "precompressed",
         ],
     ),
-    ("when", &["method", "header", "cookie", "from"]),
+    ("when", &["method", "header", "cookie", "arg", "from", "scheme"]),
+    ("cors", &["origins", "methods", "headers", "expose", "credentials", "max_age"]),
+    ("maintenance", &["page", "from", "cookie", "header", "retry_after", "file"]),
     ("basic_auth", &["realm", "file"]),
     ("limit", &["by", "rate", "burst", "concurrent"]),
     ("redirect", &["to", "status"]),
     ("respond", &["status", "body", "type"]),
-    ("headers", &["set", "add", "remove"]),
-    ("request_headers", &["set", "add", "remove"]),
+    ("headers", &["set", "add", "default", "remove"]),
+    ("request_headers", &["set", "add", "default", "remove"]),
 ];
 
 const ROUTE_LATER: &[&str] = &["compress"];

@@ -86,6 +86,11 @@ impl<'a> Reader<'a> {
         Reader { report, at: Place::default(), path: String::new(), section: "", table, asked: Vec::new() }
     }
 
+    /// A table that stands by itself.
+    pub fn of(report: &'a Report, table: &'a Table, section: &'static str) -> Self {
+        Reader { section, path: section.to_owned(), ..Reader::new(report, table) }
+    }
+
     pub fn ask(&mut self, key: &'static str) -> Option<Value<'a>> {
         self.asked.push(key);
         let entry = self.table.get(key)?;

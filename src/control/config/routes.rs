@@ -14,9 +14,9 @@ use super::{
 };
 use crate::model::{
     Route,
-    rules::{Access, Action, BasicAuth, ErrorPages, Expires, HeaderEdits, Limit, When},
+    rules::{Access, Action, BasicAuth, Coding, Cors, ErrorPages, Expires, HeaderEdits, Limit, Maintenance, When},
     site::{Files, Pattern},
-    text::Text,
+    text::{Part, Text, parts},
 };
 
 /// The parameters that say what runs and how much there is to read. They follow from the request and from `root`,
@@ -56,6 +56,9 @@ pub struct Keys {
     headers: HeaderEdits,
     request_headers: HeaderEdits,
     expires: Option<Expires>,
+    cors: Option<Arc<Cors>>,
+    maintenance: Option<Arc<Maintenance>>,
+    precompressed: Vec<Coding>,
 }
 
 impl Keys {
@@ -80,6 +83,9 @@ impl Keys {
             headers: HeaderEdits::default(),
             request_headers: HeaderEdits::default(),
             expires: None,
+            cors: None,
+            maintenance: None,
+            precompressed: Vec::new(),
         }
     }
 
@@ -88,7 +94,9 @@ impl Keys {
         let keys = Keys {
             upstream: t.read("upstream", above.upstream.clone(), |v| upstream(v, around)),
             files: t.read("files", above.files, |v| v.one_of(&[("or-front", Files::OrFront), ("or-404", Files::Or404)])),
-            try_files: t.read("try_files", above.try_files.clone(), |v| try_files(v).map(Some)),
+            // The nearer word counts: `files` of a route is not for nothing where its site has a list.
+            try_files: t
+                .read("try_files", above.try_files.clone().filter(|_| !t.has("files")), |v| try_files(v, captures).map(Some)),
             script: t.read("script", above.script.clone(), script),
             body_limit: t.read("body_limit", above.body_limit, |v| match v.node.kind {
                 Kind::Text(ref word) if word == "unlimited" => Some(u64::MAX),
@@ -111,6 +119,9 @@ impl Keys {
             headers: rules::headers(t.section("headers", "headers"), &above.headers, captures),
             request_headers: rules::headers(t.section("request_headers", "request_headers"), &above.request_headers, captures),
             expires: t.read("expires", above.expires, rules::expires),
+            cors: t.read("cors", above.cors.clone(), rules::cors),
+            maintenance: t.read("maintenance", above.maintenance.clone(), rules::maintenance),
+            precompressed: t.read("precompressed", above.precompressed.clone(), rules::precompressed),
         };
         keys.check_lane(t, around);
         let guards = [
@@ -181,6 +192,9 @@ impl Keys {
             headers: self.headers.clone(),
             request_headers: self.request_headers.clone(),
             expires: self.expires,
+            cors: self.cors.clone(),
+            maintenance: self.maintenance.clone(),
+            precompressed: self.precompressed.clone(),
             upstream: self.upstream.clone(),
             files: self.files,
             try_files: self.try_files.clone(),
@@ -205,6 +219,22 @@ pub struct Tried {
 pub struct Routes {
     pub exact: HashMap<String, Vec<Arc<Route>>>,
     pub ordered: Vec<Arc<Route>>,
+}
+
+impl Routes {
+    /// Those of a preset come after the site's own; but up to its last refusal before them, or a prefix of the site would open by the way what the preset closes. An
+    /// exact path of the site comes before all that.
+    pub fn extend(&mut self, preset: Routes, site: &Route) {
+        // Only the site's own exact paths go first.
+        let exact = preset.exact.into_values().flatten().filter_map(|route| Arc::into_inner(route)?.into_expression());
+        let mut ordered: Vec<Arc<Route>> = exact.map(Arc::new).collect();
+        ordered.sort_by(|a, b| a.path.cmp(&b.path));
+        ordered.extend(preset.ordered);
+        let closed = ordered.iter().rposition(|route| route.closes(site)).map_or(0, |last| last + 1);
+        let open = ordered.split_off(closed);
+        self.ordered.splice(0..0, ordered);
+        self.ordered.extend(open);
+    }
 }
 
 pub fn read(t: &mut Reader<'_>, site: &Keys, around: &Around<'_>, tried: &mut Vec<Tried>) -> Routes {
@@ -284,7 +314,7 @@ fn pattern(v: &Value<'_>) -> Option<(String, Pattern)> {
 }
 
 /// The crate's message is a drawing of several lines; its last says what is wrong, its caret where.
-fn summary(error: &regex::Error) -> String {
+pub fn summary(error: &regex::Error) -> String {
     let text = error.to_string();
     let what = text.lines().last().unwrap_or_default().trim().trim_start_matches("error: ").to_owned();
     // The drawing is indented by four; an expression of several lines is drawn otherwise, without a caret of its own line.
@@ -329,7 +359,7 @@ fn upstream(v: &Value<'_>, around: &Around<'_>) -> Option<Option<Arc<str>>> {
 }
 
 /// The last item is special, as in Nginx: it answers without being looked for, and may have a query or be `=CODE`.
-fn try_files(v: &Value<'_>) -> Option<Vec<String>> {
+fn try_files(v: &Value<'_>, captures: &[String]) -> Option<Vec<String>> {
     let Kind::List(items) = &v.node.kind else { return v.list(Value::text).map(|_| Vec::new()) };
     if items.is_empty() {
         return v.refuse("the list is empty", "write [\"$uri\", \"$uri/\", \"/index.php\"], or leave the key out");
@@ -338,11 +368,11 @@ fn try_files(v: &Value<'_>) -> Option<Vec<String>> {
     v.list(|v| {
         left -= 1;
         let text = v.filled_text()?;
-        try_file(v, text, left == 0).then(|| text.to_owned())
+        try_file(v, text, left == 0, captures).then(|| text.to_owned())
     })
 }
 
-fn try_file(v: &Value<'_>, text: &str, is_last: bool) -> bool {
+fn try_file(v: &Value<'_>, text: &str, is_last: bool, captures: &[String]) -> bool {
     let wrong = |why: &str, help: &str| v.refuse::<()>(format!("{text:?} {why}"), help).is_some();
     if let Some(code) = text.strip_prefix('=') {
         return match code.parse::<u16>() {
@@ -354,29 +384,40 @@ fn try_file(v: &Value<'_>, text: &str, is_last: bool) -> bool {
     if text.starts_with('@') {
         return wrong("is a named location, of which there are none", "write the script's path, as in \"/index.php\"");
     }
-    if !text.starts_with('/') && !text.starts_with("$uri") {
+    // $uri and the groups of the route's path name a file; the words for queries do not.
+    let names_file =
+        |part: &Part<'_>| matches!(part, Part::Name(name) if *name == "uri" || captures.iter().any(|known| known == name));
+    let (path, query) = text.split_at(text.find('?').unwrap_or(text.len()));
+    let in_path = parts(path);
+    if !text.starts_with('/') && !in_path.first().is_some_and(names_file) {
         return wrong("does not begin with $uri or a slash", &format!("write \"/{}\"", text.trim_start_matches('$')));
     }
-    let (path, query) = text.split_at(text.find('?').unwrap_or(text.len()));
-    let is_looked_for = !is_last || path.contains("$uri");
+    let is_looked_for = !is_last || in_path.iter().any(names_file);
     if is_looked_for {
-        return match path.replace("$uri", "").contains('$') {
-            true => wrong("has a variable other than $uri", "a file is named by $uri and plain text"),
-            false if !query.is_empty() => wrong("has a query", &format!("write \"{path}\": a file has none")),
-            false => true,
+        let is_plain = |part: &Part<'_>| matches!(part, Part::Literal(_)) || names_file(part);
+        return match in_path.iter().all(is_plain) {
+            false => {
+                wrong("has a variable other than $uri", "a file is named by $uri, groups of the route's path as $1, and plain text")
+            }
+            true if !query.is_empty() => wrong("has a query", &format!("write \"{path}\": a file has none")),
+            true => true,
         };
     }
     let tail = text.get(text.find(['?', '$']).unwrap_or(text.len())..).unwrap_or_default();
     if !tail.is_empty() && !tail.starts_with('?') && !tail.starts_with("$is_args") {
-        return wrong("has a variable in its path", "only $uri may stand there");
+        return wrong("has a variable in its path", "only $uri and groups of the route's path may stand there");
     }
-    let unknown = tail.strip_prefix("$is_args").unwrap_or(tail).split('$').skip(1).find(|rest| {
-        let length = rest.bytes().take_while(|b| b.is_ascii_alphanumeric() || *b == b'_').count();
-        !["args", "query_string", "uri"].contains(&&rest[..length])
-    });
-    match unknown {
-        Some(_) => wrong("has an unknown variable in its query", "known are $args, $query_string and $uri"),
-        None => true,
+    let in_tail = parts(tail.strip_prefix("$is_args").unwrap_or(tail));
+    let is_known = |part: &Part<'_>| match part {
+        Part::Literal(_) => true,
+        Part::Name(name) => ["args", "query_string"].contains(name) || names_file(part),
+        Part::Unclosed => false,
+    };
+    match in_tail.iter().all(is_known) {
+        true => true,
+        false => {
+            wrong("has an unknown variable in its query", "known are $args, $query_string, $uri and groups of the route's path")
+        }
     }
 }
 

@@ -1,17 +1,22 @@
-//! `when`, `allow`, `deny`, `redirect`, `respond`, `headers`, `request_headers` and `expires` of a route.
+//! What a route says beyond its file or script: `when`, `allow`, `limit`, `cors`, `redirect`, `headers` and the like.
 
-use std::{path::PathBuf, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use ipnet::IpNet;
+use regex::Regex;
+use tower_http::cors::{AllowHeaders, AllowMethods, AllowOrigin, CorsLayer, ExposeHeaders};
 
 use super::{
     document::Kind,
     reader::{Reader, Value},
-    texts, unit,
+    routes, texts, unit,
 };
 use crate::model::{
-    rules::{Action, BasicAuth, ErrorPage, ErrorPages, Expires, HeaderEdits, Limit, Rate, When},
+    rules::{
+        Action, BasicAuth, Coding, Cors, ErrorPage, ErrorPages, Expires, HeaderEdits, Kept, Limit, Maintenance, Rate, Scheme,
+        Wanted, When,
+    },
     text::Text,
 };
 
@@ -31,7 +36,9 @@ pub fn when(mut t: Reader<'_>) -> (Vec<Method>, When) {
     let when = When {
         headers: t.read("header", Vec::new(), |v| one_or_more(v, header_match)),
         cookies: t.read("cookie", Vec::new(), |v| one_or_more(v, cookie_match)),
+        args: t.read("arg", Vec::new(), |v| one_or_more(v, argument_match)),
         from: t.read("from", Vec::new(), networks),
+        scheme: t.read("scheme", None, |v| v.one_of(&[("http", Some(Scheme::Http)), ("https", Some(Scheme::Https))])),
     };
     t.finish();
     (methods, when)
@@ -45,32 +52,59 @@ fn one_or_more<T>(v: &Value<'_>, mut read: impl FnMut(&Value<'_>) -> Option<T>) 
     }
 }
 
-/// "X-Debug: *", or with its value.
-fn header_match(v: &Value<'_>) -> Option<(HeaderName, Option<HeaderValue>)> {
-    const HELP: &str = "write \"X-Debug: *\" for any value, or \"X-Debug: 1\"";
+/// "X-Debug: *", with its value, or with an expression.
+fn header_match(v: &Value<'_>) -> Option<(HeaderName, Wanted)> {
+    const HELP: &str = "write \"X-Debug: *\" for any value, \"X-Debug: 1\", or \"User-Agent: ~(?i)bot\" for an expression";
     let text = v.text()?;
     let Some((name, value)) = text.split_once(':') else {
         return v.refuse(format!("{text:?} has no colon"), HELP);
     };
-    let (name, value) = (HeaderName::from_bytes(name.trim().as_bytes()), value.trim());
-    match (name, value) {
-        (Ok(name), "*") => Some((name, None)),
-        (Ok(name), _) => match HeaderValue::from_str(value) {
-            Ok(value) => Some((name, Some(value))),
-            Err(_) => v.refuse(format!("{value:?} cannot be a header's value"), HELP),
-        },
-        (Err(_), _) => v.refuse(format!("{text:?} does not begin with a header's name"), HELP),
+    match HeaderName::from_bytes(name.trim().as_bytes()) {
+        Ok(name) => Some((name, wanted(v, value.trim())?)),
+        Err(_) => v.refuse(format!("{text:?} does not begin with a header's name"), HELP),
     }
 }
 
-/// "preview", or "preview=1".
-fn cookie_match(v: &Value<'_>) -> Option<(String, Option<String>)> {
-    let text = v.text()?;
-    let (name, value) = text.split_once('=').map_or((text, None), |(name, value)| (name, Some(value.to_owned())));
+/// "preview", "preview=1" or "preview=~^[0-9]+$".
+fn cookie_match(v: &Value<'_>) -> Option<(String, Wanted)> {
+    let (name, wanted) = pair_match(v)?;
     // RFC 6265 section 4.1.1: a cookie's name is a token, as a header's is.
     match HeaderName::from_bytes(name.as_bytes()) {
-        Ok(_) => Some((name.to_owned(), value)),
+        Ok(_) => Some((name, wanted)),
         Err(_) => v.refuse(format!("{name:?} cannot be a cookie's name"), "write \"preview\" for any value, or \"preview=1\""),
+    }
+}
+
+/// An argument of the query, in the same manner.
+fn argument_match(v: &Value<'_>) -> Option<(String, Wanted)> {
+    let (name, wanted) = pair_match(v)?;
+    match name.is_empty() || name.contains(['&', '?', '#']) {
+        true => v.refuse(format!("{name:?} cannot be an argument's name"), "write \"debug\" for any value, or \"debug=1\""),
+        false => Some((name, wanted)),
+    }
+}
+
+fn pair_match(v: &Value<'_>) -> Option<(String, Wanted)> {
+    let text = v.text()?;
+    match text.split_once('=') {
+        None => Some((text.to_owned(), Wanted::Any)),
+        // The value that is a star is the star.
+        Some((name, "*")) => Some((name.to_owned(), Wanted::Text("*".to_owned()))),
+        Some((name, value)) => Some((name.to_owned(), wanted(v, value)?)),
+    }
+}
+
+fn wanted(v: &Value<'_>, text: &str) -> Option<Wanted> {
+    match text.strip_prefix('~') {
+        _ if text == "*" => Some(Wanted::Any),
+        None => Some(Wanted::Text(text.to_owned())),
+        Some(expression) => match Regex::new(expression) {
+            Ok(regex) => Some(Wanted::Pattern(regex)),
+            Err(error) => v.refuse(
+                format!("{text:?} is not an expression: {}", routes::summary(&error)),
+                "expressions are those of Rust's regex crate: no look-around, no back-references",
+            ),
+        },
     }
 }
 
@@ -113,6 +147,121 @@ pub fn basic_auth(v: &Value<'_>) -> Option<Option<BasicAuth>> {
     }
     t.finish();
     Some(Some(BasicAuth { realm, file: file? }))
+}
+
+/// "off" for a route of a site that has it.
+pub fn cors(v: &Value<'_>) -> Option<Option<Arc<Cors>>> {
+    const HELP: &str = "write { origins = [\"https://app.example.com\"] }, or \"off\"";
+    if let Kind::Text(word) = &v.node.kind {
+        return if word == "off" { Some(None) } else { v.refuse(format!("{word:?} is not known"), HELP) };
+    }
+    let mut t = v.reader("cors")?;
+    let before = t.report.count();
+    let origins = t.read("origins", Vec::new(), |v| v.list(origin));
+    if origins.is_empty() && t.report.count() == before {
+        v.refuse::<()>("`origins` is missing or empty", HELP);
+    }
+    let methods = t.read("methods", vec!["GET".to_owned(), "HEAD".to_owned(), "POST".to_owned()], |v| v.list(method_or_any));
+    let headers = t.read("headers", Vec::new(), |v| v.list(header_or_any));
+    let expose = t.read("expose", Vec::new(), |v| v.list(header_or_any));
+    let credentials = t.read("credentials", false, Value::boolean);
+    let max_age = t.read("max_age", Duration::from_secs(600), Value::duration);
+    for (key, list) in [("origins", &origins), ("methods", &methods), ("headers", &headers), ("expose", &expose)] {
+        if list.len() > 1 && list.iter().any(|item| item == "*") {
+            t.report.problem(t.place(key), format!("`{key}` has \"*\" beside others"), Some("\"*\" stands alone".to_owned()));
+            return None;
+        }
+        // To a browser that sends credentials a "*" is no wildcard (Fetch standard, "CORS protocol and credentials").
+        if credentials && list.iter().any(|item| item == "*") {
+            let help = "name them one by one, or leave out `credentials`".to_owned();
+            t.report.problem(t.place(key), format!("`{key}` is \"*\", which browsers refuse with `credentials`"), Some(help));
+            return None;
+        }
+    }
+    t.finish();
+    let is_any = |list: &[String]| list.iter().any(|item| item == "*");
+    let names = |list: &[String]| list.iter().filter_map(|name| name.parse::<HeaderName>().ok()).collect::<Vec<_>>();
+    let layer = CorsLayer::new()
+        .allow_origin(match is_any(&origins) {
+            true => AllowOrigin::any(),
+            false => AllowOrigin::list(origins.iter().filter_map(|origin| HeaderValue::from_str(origin).ok())),
+        })
+        .allow_methods(match is_any(&methods) {
+            true => AllowMethods::any(),
+            false => AllowMethods::list(methods.iter().filter_map(|method| method.parse::<Method>().ok())),
+        })
+        .allow_headers(if is_any(&headers) { AllowHeaders::any() } else { AllowHeaders::list(names(&headers)) })
+        .expose_headers(if is_any(&expose) { ExposeHeaders::any() } else { ExposeHeaders::list(names(&expose)) })
+        .allow_credentials(credentials)
+        .max_age(max_age);
+    Some(Some(Arc::new(Cors { origins, methods, headers, expose, credentials, max_age, layer })))
+}
+
+/// As browsers send it: scheme, host and a port that is not the scheme's own, compared byte by byte.
+fn origin(v: &Value<'_>) -> Option<String> {
+    let text = v.text()?;
+    let host = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
+    let help = match host {
+        _ if matches!(text, "*" | "null") => return Some(text.to_owned()),
+        None => format!("write it with its scheme, as in \"https://{text}\", or \"*\" for any"),
+        Some("") => "write its host, as in \"https://app.example.com\"".to_owned(),
+        Some(host) if host.contains(['/', '?', '#', '@', '*', ' ']) => {
+            "write scheme, host and port alone: no path, no wildcard".to_owned()
+        }
+        Some(_) if !text.is_ascii() || text.bytes().any(|b| b.is_ascii_uppercase() || b.is_ascii_control()) => {
+            "write it in lower case, a host as browsers send it: \"xn--…\"".to_owned()
+        }
+        Some(host)
+            if (text.starts_with("https:") && host.ends_with(":443")) || (text.starts_with("http:") && host.ends_with(":80")) =>
+        {
+            "browsers leave out the scheme's own port".to_owned()
+        }
+        Some(_) => return Some(text.to_owned()),
+    };
+    v.refuse(format!("{text:?} is no origin"), help)
+}
+
+fn method_or_any(v: &Value<'_>) -> Option<String> {
+    let text = v.filled_text()?;
+    match Method::from_bytes(text.as_bytes()) {
+        _ if text == "*" => Some(text.to_owned()),
+        Ok(_) if text.to_ascii_uppercase() == text => Some(text.to_owned()),
+        _ => v.refuse(format!("{text:?} is not a method"), "write \"GET\", \"PUT\" or another of HTTP's methods in capitals"),
+    }
+}
+
+fn header_or_any(v: &Value<'_>) -> Option<String> {
+    let text = v.filled_text()?;
+    match HeaderName::from_bytes(text.as_bytes()) {
+        Ok(_) => Some(text.to_owned()),
+        Err(_) => v.refuse(format!("{text:?} cannot be a header's name"), "a name is of letters, digits and `-`"),
+    }
+}
+
+/// "off" for a route of a site that has it.
+pub fn maintenance(v: &Value<'_>) -> Option<Option<Arc<Maintenance>>> {
+    const HELP: &str = "write { page = \"/maintenance.html\", from = [\"10.0.0.0/8\"] }, {} for a line of text, or \"off\"";
+    if let Kind::Text(word) = &v.node.kind {
+        return if word == "off" { Some(None) } else { v.refuse(format!("{word:?} is not known"), HELP) };
+    }
+    let mut t = v.reader("maintenance")?;
+    let page = t.read("page", None, |v| v.url_path_or_none());
+    let bypass = When {
+        headers: t.read("header", Vec::new(), |v| one_or_more(v, header_match)),
+        cookies: t.read("cookie", Vec::new(), |v| one_or_more(v, cookie_match)),
+        from: t.read("from", Vec::new(), networks),
+        ..When::default()
+    };
+    let retry_after = t.read("retry_after", None, |v| v.duration().map(Some));
+    let file = t.read("file", None, |v| v.folder()).map(PathBuf::from);
+    t.finish();
+    Some(Some(Arc::new(Maintenance { page, bypass, retry_after, file })))
+}
+
+/// In the server's order of preference.
+pub fn precompressed(v: &Value<'_>) -> Option<Vec<Coding>> {
+    let choices = Coding::ALL.map(|(coding, name, _)| (name, coding));
+    v.list(|v| v.one_of(&choices))
 }
 
 /// A site's is one for all its routes: they share what it counts.
@@ -216,6 +365,7 @@ pub fn headers(mut t: Reader<'_>, above: &HeaderEdits, captures: &[String]) -> H
         // A header that is removed here is not one that was set above.
         edits.set.retain(|(other, _)| *other != name);
         edits.add.retain(|(other, _)| *other != name);
+        edits.default.retain(|(other, _)| *other != name);
         if !edits.remove.contains(&name) {
             edits.remove.push(name);
         }
@@ -225,6 +375,10 @@ pub fn headers(mut t: Reader<'_>, above: &HeaderEdits, captures: &[String]) -> H
         edits.set.push((name, text));
     }
     edits.add.extend(t.read("add", Vec::new(), |v| entries(v, captures)));
+    for (name, text) in t.read("default", Vec::new(), |v| entries(v, captures)) {
+        edits.default.retain(|(other, _)| *other != name);
+        edits.default.push((name, text));
+    }
     t.finish();
     edits
 }
@@ -261,7 +415,27 @@ pub fn expires(v: &Value<'_>) -> Option<Option<Expires>> {
         "off" => Some(None),
         "epoch" => Some(Some(Expires::Epoch)),
         "max" => Some(Some(Expires::Max)),
-        _ => v.duration().map(|time| Some(Expires::After(time))),
+        text => {
+            let mut words = text.split_ascii_whitespace();
+            let mut kept = Kept::default();
+            let time = words.next().unwrap_or_default();
+            for word in words {
+                match word {
+                    "public" => kept.public = true,
+                    "private" => kept.private = true,
+                    "immutable" => kept.immutable = true,
+                    _ => return v.refuse(format!("{word:?} is not known"), "write \"30d\", or \"30d public immutable\""),
+                }
+            }
+            let time = match kept == Kept::default() {
+                true => v.duration()?,
+                false => match unit::parse_duration(time) {
+                    Some(time) => time,
+                    None => return v.refuse(format!("{time:?} is not a duration"), "write \"30d public immutable\""),
+                },
+            };
+            Some(Some(Expires::After(time, kept)))
+        }
     }
 }
 
@@ -271,6 +445,10 @@ pub fn show_expires(expires: Option<Expires>) -> String {
         None => "off".to_owned(),
         Some(Expires::Epoch) => "epoch".to_owned(),
         Some(Expires::Max) => "max".to_owned(),
-        Some(Expires::After(time)) => unit::show_duration(time),
+        Some(Expires::After(time, kept)) => {
+            let words = [(kept.public, " public"), (kept.private, " private"), (kept.immutable, " immutable")];
+            let words: String = words.into_iter().filter_map(|(is_said, word)| is_said.then_some(word)).collect();
+            unit::show_duration(time) + &words
+        }
     }
 }

@@ -6,7 +6,7 @@ use super::{
     Folder,
     document::{Kind, Place},
     reader::{Reader, Value},
-    unit,
+    texts, unit,
 };
 use crate::{
     control::template,
@@ -154,6 +154,7 @@ fn buffer(mut t: Reader<'_>, folders: &mut Vec<Folder>) -> Buffer {
             None => v.refuse("is empty", "write a folder, or disk = \"0B\" to spill nothing"),
         }),
         disk: t.read("disk", 4096 * MIB, |v| v.size(0, u64::MAX)),
+        files: t.read("files", 32 * MIB, |v| v.size(0, u64::MAX)),
     };
     folders.push(Folder::new(t.report, t.place("dir"), SPILL, &buffer.dir));
     // Only real values are compared: a default that stands in for a wrong one would be blamed on the user.
@@ -178,11 +179,11 @@ fn log(mut t: Reader<'_>) -> Log {
         level: t.read("level", "info".to_owned(), level),
         access: t.read("access", AccessFormat::Json, |v| {
             if v.text()?.contains('$') {
-                let message = "`access` as a format string is not supported by this version yet";
-                return v.wrong(message, "write \"json\", \"combined\" or \"off\"".to_owned());
+                return texts::log_text(v).map(|text| AccessFormat::Custom(Arc::new(text)));
             }
             v.one_of(&[("json", AccessFormat::Json), ("combined", AccessFormat::Combined), ("off", AccessFormat::Off)])
         }),
+        access_sample: t.read("access_sample", 100, Value::percent),
         access_file: t.read("access_file", "stdout".to_owned(), |v| {
             let text = v.filled_text()?;
             if text != "stdout" && text != "stderr" && !text.starts_with('/') {

@@ -6,6 +6,7 @@ use super::{
     Folder,
     document::{Kind, Place},
     glob,
+    presets::{self, Presets},
     reader::{Reader, Value},
     routes::{self, Keys, Tried},
     upstreams::Upstreams,
@@ -23,6 +24,7 @@ pub const DEFAULT_FRONT: &str = "/index.php";
 pub struct Around<'a> {
     pub upstreams: &'a Upstreams,
     pub drain: &'a Drain,
+    pub presets: &'a Presets,
 }
 
 pub fn read(top: &mut Reader<'_>, around: &Around<'_>, folders: &mut Vec<Folder>) -> SiteTable {
@@ -55,6 +57,41 @@ pub fn read(top: &mut Reader<'_>, around: &Around<'_>, folders: &mut Vec<Folder>
     table
 }
 
+/// The site's own keys that a preset may have too.
+struct Own {
+    index: Vec<String>,
+    scripts: Vec<ScriptPattern>,
+    front: Option<String>,
+    symlinks: Symlinks,
+}
+
+impl Own {
+    fn standard() -> Self {
+        Own {
+            index: vec!["index.php".to_owned(), "index.html".to_owned()],
+            scripts: vec![ScriptPattern(DEFAULT_FRONT.to_owned())],
+            front: Some(DEFAULT_FRONT.to_owned()),
+            symlinks: Symlinks::Follow,
+        }
+    }
+
+    fn read(t: &mut Reader<'_>, above: Own) -> Self {
+        Own {
+            index: t.read("index", above.index, |v| {
+                v.list(|v| match v.filled_text()? {
+                    text if text.contains('/') => {
+                        v.refuse(format!("{text:?} is not a file's name"), "write a name without a slash, as in \"index.html\"")
+                    }
+                    text => Some(text.to_owned()),
+                })
+            }),
+            scripts: t.read("scripts", above.scripts, |v| v.list(script)),
+            front: t.read("front", above.front, Value::url_path_or_none),
+            symlinks: t.read("symlinks", above.symlinks, symlinks),
+        }
+    }
+}
+
 #[derive(Default)]
 struct Hosts {
     places: HashMap<String, Place>,
@@ -75,23 +112,30 @@ fn read_site(mut t: Reader<'_>, around: &Around<'_>, taken: &mut Hosts, folders:
         "realpath" => Some(PhpRoot::RealPath),
         _ => Some(v.folder()?.map_or(PhpRoot::SameAsRoot, PhpRoot::Path)),
     });
-    let index = t.read("index", vec!["index.php".to_owned(), "index.html".to_owned()], |v| {
-        v.list(|v| match v.filled_text()? {
-            text if text.contains('/') => {
-                v.refuse(format!("{text:?} is not a file's name"), "write a name without a slash, as in \"index.html\"")
-            }
-            text => Some(text.to_owned()),
-        })
-    });
-    let scripts = t.read("scripts", vec![ScriptPattern(DEFAULT_FRONT.to_owned())], |v| v.list(script));
-    let front = t.read("front", Some(DEFAULT_FRONT.to_owned()), Value::url_path_or_none);
-    let symlinks = t.read("symlinks", Symlinks::Follow, symlinks);
-
+    let preset = t.read("preset", None, |v| presets::chosen(v, around.presets).map(Some));
     let mut tried = Vec::new();
-    let keys = Keys::read(&mut t, &Keys::standard(), around, &[], &mut tried);
-    let routes = routes::read(&mut t, &keys, around, &mut tried);
+    // What the site writes itself wins; its routes are looked through first.
+    let (own, keys, preset_reader) = match preset {
+        None => (Own::standard(), Keys::standard(), None),
+        Some((name, mut reader)) => {
+            let own = Own::read(&mut reader, Own::standard());
+            let keys = Keys::read(&mut reader, &Keys::standard(), around, &[], &mut tried);
+            (own, keys, Some((name, reader)))
+        }
+    };
+    let own = Own::read(&mut t, own);
+    let keys = Keys::read(&mut t, &keys, around, &[], &mut tried);
+    let mut routes = routes::read(&mut t, &keys, around, &mut tried);
+    let default_route = Arc::new(keys.route(String::new(), Pattern::Any, Vec::new(), When::default()));
+    let preset = preset_reader.map(|(name, mut reader)| {
+        routes.extend(routes::read(&mut reader, &keys, around, &mut tried), &default_route);
+        presets::finish(reader);
+        name
+    });
+    let Own { index, scripts, front, symlinks } = own;
     let site = Site {
         name,
+        preset,
         root,
         php_root,
         index,
@@ -100,7 +144,7 @@ fn read_site(mut t: Reader<'_>, around: &Around<'_>, taken: &mut Hosts, folders:
         symlinks,
         exact: routes.exact,
         ordered: routes.ordered,
-        default_route: Arc::new(keys.route(String::new(), Pattern::Any, Vec::new(), When::default())),
+        default_route,
     };
     if t.report.count() == before {
         check_php(&t, &site, around.upstreams, &tried);

@@ -9,7 +9,7 @@ use super::{
 use crate::{
     control::expand::expand,
     model::{
-        Address,
+        Address, Route,
         settings::{AccessFormat, ReloadMode},
         site::{Files, Pattern, PhpRoot, Symlinks},
         upstream::{Balance, LeasePolicy, QueuePolicy},
@@ -435,15 +435,26 @@ fn each_error_of_sites_and_routes_has_its_place_and_says_what_is_right() {
         (route("headers = { set = { \"X A\" = \"1\" } }"), "7:29: `site.route.headers.set.X A`: \"X A\" cannot be a header's name\n  help: a name is of letters, digits and `-`".into()),
         (route("headers = { remove = [\"Content-Length\"] }"), "7:23: `site.route.headers.remove`: content-length belongs to the message itself\n  help: it follows from the body and the connection".into()),
         (route("headers = { set = { A = \"1\\n2\" } }"), "7:25: `site.route.headers.set.A`: has a line break or another control character\n  help: write it in one line".into()),
+        (route("expires = \"30d for_ever\""), "7:11: `site.route.expires`: \"for_ever\" is not known\n  help: write \"30d\", or \"30d public immutable\"".into()),
+        (route("cors = {}"), "7:8: `site.route.cors`: `origins` is missing or empty\n  help: write { origins = [\"https://app.example.com\"] }, or \"off\"".into()),
+        (route("cors = { origins = [\"app.example.com\"] }"), "7:21: `site.route.cors.origins`: \"app.example.com\" is no origin\n  help: write it with its scheme, as in \"https://app.example.com\", or \"*\" for any".into()),
+        (route("cors = { origins = [\"https://a.example/\", \"https://b.example:443\", \"https://c.example\"] }"), "7:21: `site.route.cors.origins`: \"https://a.example/\" is no origin\n  help: write scheme, host and port alone: no path, no wildcard\n7:43: `site.route.cors.origins`: \"https://b.example:443\" is no origin\n  help: browsers leave out the scheme's own port".into()),
+        (route("cors = { origins = [\"*\"], credentials = true }"), "7:20: `origins` is \"*\", which browsers refuse with `credentials`\n  help: name them one by one, or leave out `credentials`".into()),
+        (route("cors = { origins = [\"*\"], methods = [\"get\"], headers = [\"*\", \"A\"] }"), "7:38: `site.route.cors.methods`: \"get\" is not a method\n  help: write \"GET\", \"PUT\" or another of HTTP's methods in capitals\n7:56: `headers` has \"*\" beside others\n  help: \"*\" stands alone".into()),
+        (route("maintenance = \"on\""), "7:15: `site.route.maintenance`: \"on\" is not known\n  help: write { page = \"/maintenance.html\", from = [\"10.0.0.0/8\"] }, {} for a line of text, or \"off\"".into()),
+        (route("precompressed = [\"deflate\"]"), "7:18: `site.route.precompressed`: \"deflate\" is not known\n  help: write \"br\" or \"zstd\" or \"gzip\"".into()),
+        (route("when = { scheme = \"ftp\" }"), "7:19: `site.route.when.scheme`: \"ftp\" is not known\n  help: write \"http\" or \"https\"".into()),
+        ("preset = \"larval\"".into(), "5:10: `site.preset`: there is no preset \"larval\"\n  help: did you mean \"laravel\"?".into()),
+        ("preset = \"typo3\"".into(), "5:10: `site.preset`: there is no preset \"typo3\"\n  help: there are \"laravel\", \"symfony\", \"wordpress\", \"drupal\", \"magento\", \"nextcloud\"".into()),
         (route("expires = 30"), "7:11: `site.route.expires` is a number, not a string\n  help: write \"30\", in quotes".into()),
-        (route("when = { header = \"X-Debug\" }"), "7:19: `site.route.when.header`: \"X-Debug\" has no colon\n  help: write \"X-Debug: *\" for any value, or \"X-Debug: 1\"".into()),
+        (route("when = { header = \"X-Debug\" }"), "7:19: `site.route.when.header`: \"X-Debug\" has no colon\n  help: write \"X-Debug: *\" for any value, \"X-Debug: 1\", or \"User-Agent: ~(?i)bot\" for an expression".into()),
         (route("when = { from = [\"10.0.0.0/33\"] }"), "7:18: `site.route.when.from`: \"10.0.0.0/33\" is not a network\n  help: write \"10.0.0.0/8\", \"fd00::/8\" or a single address".into()),
         (route("try_files = []"), "7:13: `site.route.try_files`: the list is empty\n  help: write [\"$uri\", \"$uri/\", \"/index.php\"], or leave the key out".into()),
         (route("try_files = [\"/x?y\", \"$uri\"]"), "7:14: `site.route.try_files`: \"/x?y\" has a query\n  help: write \"/x\": a file has none".into()),
         (route("try_files = [\"=404\", \"=99\"]"), "7:14: `site.route.try_files`: \"=404\" is not the last\n  help: an answer by code ends the list\n7:22: `site.route.try_files`: \"=99\" is not a status\n  help: write \"=404\", or another code from 200 to 599".into()),
-        (route("try_files = [\"$uri$args\", \"@php\"]"), "7:14: `site.route.try_files`: \"$uri$args\" has a variable other than $uri\n  help: a file is named by $uri and plain text\n7:27: `site.route.try_files`: \"@php\" is a named location, of which there are none\n  help: write the script's path, as in \"/index.php\"".into()),
-        (route("try_files = [\"x\", \"/index.php?h=$host\"]"), "7:14: `site.route.try_files`: \"x\" does not begin with $uri or a slash\n  help: write \"/x\"\n7:19: `site.route.try_files`: \"/index.php?h=$host\" has an unknown variable in its query\n  help: known are $args, $query_string and $uri".into()),
-        (route("try_files = [\"/a$x\"]"), "7:14: `site.route.try_files`: \"/a$x\" has a variable in its path\n  help: only $uri may stand there".into()),
+        (route("try_files = [\"$uri$args\", \"@php\"]"), "7:14: `site.route.try_files`: \"$uri$args\" has a variable other than $uri\n  help: a file is named by $uri, groups of the route's path as $1, and plain text\n7:27: `site.route.try_files`: \"@php\" is a named location, of which there are none\n  help: write the script's path, as in \"/index.php\"".into()),
+        (route("try_files = [\"x\", \"/index.php?h=$host\"]"), "7:14: `site.route.try_files`: \"x\" does not begin with $uri or a slash\n  help: write \"/x\"\n7:19: `site.route.try_files`: \"/index.php?h=$host\" has an unknown variable in its query\n  help: known are $args, $query_string, $uri and groups of the route's path".into()),
+        (route("try_files = [\"/a$x\"]"), "7:14: `site.route.try_files`: \"/a$x\" has a variable in its path\n  help: only $uri and groups of the route's path may stand there".into()),
         (route("try_files = \"$uri\""), "7:13: `site.route.try_files` is a string, not a list\n  help: write [\"$uri\"]".into()),
         (route("try_files = [\"/a.PHP?q=$uri\"]"), "7:13: `try_files` ends in \"/a.PHP\", which `scripts` does not declare\n  help: add \"/a.PHP\" to the site's `scripts`".into()),
     ] {
@@ -489,10 +500,6 @@ fn keys_of_later_versions_are_told_from_unknown_ones() {
     assert_eq!(
         wrong(&top("listen.proxy_protocol = \"required\"")),
         "1:25: `proxy_protocol` is not supported by this version yet\n  help: write \"off\""
-    );
-    assert_eq!(
-        wrong(&top("log.access = \"$remote_addr $status\"")),
-        "1:14: `access` as a format string is not supported by this version yet\n  help: write \"json\", \"combined\" or \"off\""
     );
     good(&top("listen = { https = [], proxy_protocol = \"off\" }"));
 }
@@ -800,9 +807,11 @@ const SAMPLES: &[(&str, &str, &str)] = &[
     ("buffer", "total", "\"1GiB\""),
     ("buffer", "dir", "\"/tmp\""),
     ("buffer", "disk", "\"0B\""),
+    ("buffer", "files", "\"0B\""),
     ("log", "format", "\"text\""),
     ("log", "level", "\"info,slackwater=debug\""),
     ("log", "access", "\"combined\""),
+    ("log", "access_sample", "\"10%\""),
     ("log", "access_file", "\"/a.log\""),
     ("drain", "grace", "\"60s\""),
     ("drain", "lame_duck", "\"11s\""),
@@ -898,6 +907,29 @@ const SAMPLES: &[(&str, &str, &str)] = &[
     ("route", "headers", "{ add = { Link = \"</a.css>\" }, remove = [\"X-Powered-By\"] }"),
     ("route", "request_headers", "{ set = { X-Scheme = \"$scheme\" } }"),
     ("route", "expires", "\"max\""),
+    ("site", "preset", "\"laravel\""),
+    ("when", "arg", "[\"debug\", \"v=~^[0-9]+$\"]"),
+    ("headers", "default", "{ A = \"b\" }"),
+    ("request_headers", "default", "{ A = \"b\" }"),
+    ("when", "scheme", "\"http\""),
+    ("site", "cors", "{ origins = [\"*\"] }"),
+    ("route", "cors", "{ origins = [\"https://a.example\", \"null\"], credentials = true }"),
+    ("cors", "origins", "[\"https://a.example:8443\"]"),
+    ("cors", "methods", "[\"*\"]"),
+    ("cors", "headers", "[\"Authorization\"]"),
+    ("cors", "expose", "[\"X-Total\"]"),
+    ("cors", "credentials", "true"),
+    ("cors", "max_age", "\"1h\""),
+    ("site", "maintenance", "{}"),
+    ("route", "maintenance", "{ page = \"/m.html\" }"),
+    ("maintenance", "page", "\"/m.html\""),
+    ("maintenance", "from", "[\"10.0.0.0/8\"]"),
+    ("maintenance", "cookie", "\"a=1\""),
+    ("maintenance", "header", "\"X-A: 1\""),
+    ("maintenance", "retry_after", "\"10m\""),
+    ("maintenance", "file", "\"/on\""),
+    ("site", "precompressed", "[\"br\", \"gzip\"]"),
+    ("route", "precompressed", "[\"zstd\"]"),
     ("site", "rewrite", "\"/x\""),
     ("site", "internal", "true"),
     ("site", "limit", "{ by = \"$remote_addr\", rate = \"10/s\" }"),
@@ -946,6 +978,13 @@ fn with(section: &str, key: &str, value: &str) -> String {
     if section == "redirect" && key != "to" {
         keys.push(("redirect", "to", "\"/y\""));
     }
+    if section == "cors" && key != "origins" {
+        keys.push(("cors", "origins", "[\"https://a.example\"]"));
+    }
+    // Without a key it would be the same as none.
+    if section == "maintenance" && key.is_empty() {
+        keys.push(("maintenance", "file", "\"\""));
+    }
     if key == "lane" && section != "upstream" {
         keys.push(("upstream", "lane", "{ checkout = {} }"));
     }
@@ -984,6 +1023,8 @@ fn with(section: &str, key: &str, value: &str) -> String {
             "kubernetes" => (0, "kubernetes."),
             "site" => (1, ""),
             "when" => (2, "when."),
+            "cors" => (2, "cors."),
+            "maintenance" => (2, "maintenance."),
             "limit" => (2, "limit."),
             "basic_auth" => (2, "basic_auth."),
             "redirect" => (2, "redirect."),
@@ -997,9 +1038,11 @@ fn with(section: &str, key: &str, value: &str) -> String {
     format!("{}[[site]]\n{}[[site.route]]\n{}", text[0], text[1], text[2])
 }
 
-/// What is in force, without the line that names file and hash.
+/// What is in force, without the line that names file and hash, and those that say which preset it is from.
 fn in_force(text: &str) -> String {
-    expand(&good(text)).split_once('\n').map(|(_, rest)| rest.to_owned()).unwrap_or_default()
+    let expanded = expand(&good(text));
+    let kept = |line: &&str| !line.starts_with("# |") && !line.starts_with("# preset = ");
+    expanded.lines().skip(1).filter(kept).fold(String::new(), |all, line| all + line + "\n")
 }
 
 #[test]
@@ -1072,6 +1115,57 @@ fn every_key_is_in_the_shipped_file_and_in_the_documentation() {
             assert!(in_docs, "docs/configuration.md does not have {section} {key}");
         }
     }
+}
+
+/// Each is right by itself, and whatever it stands for is there in words that load again.
+#[test]
+fn presets_are_whole_and_say_what_they_stand_for() {
+    for (name, text) in presets::ALL {
+        let config = good(&site(&format!("preset = {name:?}")));
+        let stands = config.warnings.iter().filter(|warning| !warning.contains("read_timeout")).count();
+        assert_eq!(stands, 0, "{:?}", config.warnings);
+        let expanded = expand(&config);
+        let text_of = site(&format!("preset = {name:?}"));
+        assert_eq!(in_force(&expanded), in_force(&text_of), "{name}");
+        assert!(expanded.contains(&format!("# preset = {name:?}")) && expanded.contains("https://"), "{name}");
+        // Where it is from stands at its beginning.
+        assert!(text.lines().take_while(|line| line.starts_with('#')).any(|line| line.contains("https://")), "{name}");
+        assert!(!config.sites.default.as_ref().unwrap().scripts.is_empty());
+        for (source, problem) in [("hash", good(&site("")).hash), ("another preset's", good(&site("preset = \"laravel\"")).hash)] {
+            assert!(name == "laravel" || config.hash != problem, "{name} has the hash of {source}");
+        }
+    }
+}
+
+#[test]
+fn a_sites_own_words_go_before_its_presets_but_open_nothing_by_the_way() {
+    let config = good(&site(
+        "preset = \"wordpress\"\nbody_limit = \"1GiB\"\nheaders = { set = { X-A = \"1\" } }\n\
+         [[site.route]]\npath = \"/wp-content/*\"\nexpires = \"1d\"\n[[site.route]]\npath = \"/favicon.ico\"\nscript = \"/index.php\"",
+    ));
+    let own = only(&config);
+    assert_eq!((own.preset, own.default_route.body_limit), (Some("wordpress"), 1 << 30));
+    assert!(own.scripts.iter().any(|script| script.0 == "/wp-login.php"));
+    assert!(own.exact["/favicon.ico"].len() == 1 && own.exact["/favicon.ico"][0].script.is_some());
+    let place = |path: &str| own.ordered.iter().position(|route| route.path == path).unwrap();
+    let assets = own.ordered.iter().position(|route| route.path.contains("jpeg")).unwrap();
+    assert!(place("/wp-content/*") < assets);
+    // What a preset says of one path is no more than the site's own exact path.
+    assert!(good(&site("preset = \"nextcloud\"")).sites.default.as_ref().unwrap().exact.is_empty());
+    // What a preset closes comes first: a broad route of the site's own would have opened it.
+    let config = good(&site("preset = \"drupal\"\nallow = [\"10.0.0.0/8\"]\n[[site.route]]\npath = \"/*\"\naccess_log = \"off\""));
+    let own = only(&config);
+    let broad = own.ordered.iter().position(|route| route.path == "/*").unwrap();
+    let closes = |route: &Arc<Route>| route.closes(&own.default_route);
+    assert!(broad > 0 && closes(&own.ordered[broad - 1]), "{:?}", own.ordered.iter().map(|r| &r.path).collect::<Vec<_>>());
+    assert!(!own.ordered[broad..].iter().any(closes));
+}
+
+#[test]
+fn the_nearer_of_files_and_try_files_counts() {
+    let config = good(&site("try_files = [\"$uri\", \"/index.php\"]\n[[site.route]]\npath = \"/assets/*\"\nfiles = \"or-404\""));
+    let own = only(&config);
+    assert!(own.default_route.try_files.is_some() && own.ordered[0].try_files.is_none());
 }
 
 #[test]

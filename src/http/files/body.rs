@@ -216,14 +216,30 @@ fn append_exactly(file: &File, mut offset: u64, mut size: usize, data: &mut Vec<
     Ok(())
 }
 
+/// Where the bytes of a small answer come from.
+#[derive(Clone, Copy)]
+pub(super) enum Contents<'a> {
+    File(&'a File),
+    Memory(&'a Bytes),
+}
+
 /// All of it, for what is small.
-pub(super) fn read_segments(file: &File, segments: Vec<Segment>) -> io::Result<Bytes> {
+pub(super) fn read_segments(contents: Contents<'_>, segments: Vec<Segment>) -> io::Result<Bytes> {
+    let bounds = |offset: u64, len: u64| Some((usize::try_from(offset).ok()?, usize::try_from(offset.checked_add(len)?).ok()?));
+    if let (Contents::Memory(bytes), [Segment::File { offset, len }]) = (contents, segments.as_slice()) {
+        let (from, to) = bounds(*offset, *len).filter(|(_, to)| *to <= bytes.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
+        return Ok(bytes.slice(from..to));
+    }
     let mut data = Vec::new();
     for segment in segments {
-        match segment {
-            Segment::Bytes(bytes) => data.extend_from_slice(&bytes),
-            Segment::File { offset, len } => {
+        match (segment, contents) {
+            (Segment::Bytes(bytes), _) => data.extend_from_slice(&bytes),
+            (Segment::File { offset, len }, Contents::File(file)) => {
                 append_exactly(file, offset, usize::try_from(len).map_err(io::Error::other)?, &mut data)?;
+            }
+            (Segment::File { offset, len }, Contents::Memory(bytes)) => {
+                let part = bounds(offset, len).and_then(|(from, to)| bytes.get(from..to));
+                data.extend_from_slice(part.ok_or(io::ErrorKind::UnexpectedEof)?);
             }
         }
     }

@@ -17,14 +17,35 @@ use rustix::{
 };
 
 use super::super::route::{Index, Step};
-use crate::model::site::Symlinks;
+use crate::model::{rules::Coding, site::Symlinks};
 
 /// An open regular file and what fstat says of it.
 pub(super) struct Opened {
     pub file: File,
+    pub identity: Identity,
+}
+
+/// Two that are equal have the same contents: whoever writes to a file or puts another in its place changes the time of its inode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Identity {
+    device: u64,
+    inode: u64,
     pub size: u64,
     /// Seconds since 1970.
     pub modified: i64,
+    changed: (i64, i64),
+}
+
+impl Identity {
+    fn of(metadata: &fs::Metadata) -> Self {
+        Identity {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            size: metadata.len(),
+            modified: metadata.mtime(),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        }
+    }
 }
 
 pub(super) enum Found {
@@ -32,6 +53,7 @@ pub(super) enum Found {
     File {
         file: Opened,
         path: Vec<u8>,
+        coding: Option<Coding>,
     },
     /// A directory, asked for without its `/`.
     Redirect,
@@ -47,13 +69,30 @@ enum Entry {
     Forbidden,
 }
 
-pub(super) fn find(root: &Path, symlinks: &Symlinks, steps: &[Step]) -> io::Result<Found> {
+/// `codings`: of a file the first that lies beside it is taken instead.
+pub(super) fn find(root: &Path, symlinks: &Symlinks, steps: &[Step], codings: &[Coding]) -> io::Result<Found> {
+    let found = find_plain(root, symlinks, steps)?;
+    let Found::File { file, path, .. } = &found else { return Ok(found) };
+    for coding in codings {
+        let mut beside = path.clone();
+        beside.extend_from_slice(coding.ending().as_bytes());
+        // One that is older than its original was made of another.
+        if let Ok(Entry::File(coded)) = entry(root, symlinks, &beside)
+            && coded.identity.modified >= file.identity.modified
+        {
+            return Ok(Found::File { file: coded, path: path.clone(), coding: Some(*coding) });
+        }
+    }
+    Ok(found)
+}
+
+fn find_plain(root: &Path, symlinks: &Symlinks, steps: &[Step]) -> io::Result<Found> {
     // "$uri" that is not there saves asking for "$uri/".
     let mut missing = None;
     for step in steps {
         match step {
             Step::File(path) => match entry(root, symlinks, path)? {
-                Entry::File(file) => return Ok(Found::File { file, path: path.clone() }),
+                Entry::File(file) => return Ok(Found::File { file, path: path.clone(), coding: None }),
                 Entry::Forbidden => return Ok(Found::Forbidden),
                 Entry::Missing => missing = Some(path),
                 Entry::Directory => {}
@@ -90,7 +129,7 @@ fn find_index(root: &Path, symlinks: &Symlinks, path: &[u8], index: &[Index]) ->
                 }
                 full.extend_from_slice(name.as_bytes());
                 match entry(root, symlinks, &full)? {
-                    Entry::File(file) => Some(Found::File { file, path: full }),
+                    Entry::File(file) => Some(Found::File { file, path: full, coding: None }),
                     Entry::Forbidden => Some(Found::Forbidden),
                     Entry::Directory | Entry::Missing => None,
                 }
@@ -141,7 +180,7 @@ fn entry(root: &Path, symlinks: &Symlinks, path: &[u8]) -> io::Result<Entry> {
     if !metadata.is_file() {
         return Ok(Entry::Missing);
     }
-    Ok(Entry::File(Opened { file, size: metadata.len(), modified: metadata.mtime() }))
+    Ok(Entry::File(Opened { identity: Identity::of(&metadata), file }))
 }
 
 /// `None`: it is there, but a symbolic link leads to it that the site does not follow.

@@ -1,5 +1,6 @@
 //! Static files: from a [`Lookup`] to an answer. No call to the file system runs on a worker: opening, checking and
-//! reading what is small is one task of the blocking pool, and what is large is read in chunks, a task each.
+//! reading what is small is one task of the blocking pool, and what is large is read in chunks, a task each. What is small is
+//! kept for a second, and so is what there is not.
 //!
 //! Not sendfile, which hyper's body cannot, and not mmap, which turns a truncated file into SIGBUS.
 
@@ -12,25 +13,30 @@ use std::{
 use bytes::Bytes;
 use http::{
     HeaderMap, HeaderValue, Method, Response, StatusCode,
-    header::{ACCEPT_RANGES, ALLOW, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, LAST_MODIFIED, LOCATION},
+    header::{
+        ACCEPT_RANGES, ALLOW, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, LAST_MODIFIED, LOCATION, VARY,
+    },
 };
-use tokio::{runtime::Handle, sync::Semaphore};
+use tokio::{runtime::Handle, sync::Semaphore, time::Instant};
 
 use super::route::{Lookup, Otherwise, Script, Step, encode};
 use crate::{
     error::{Error, Kind},
-    model::site::Symlinks,
+    model::{rules::Coding, site::Symlinks},
 };
 
 mod body;
+mod cache;
+mod coding;
 mod conditions;
 mod lookup;
 mod range;
 
 pub use body::FileBody;
-use body::{Segment, Source};
+use body::{Contents, Segment, Source};
+use cache::{Known, Question, Small, Stats};
 use conditions::{Conditions, Decision, Validators};
-use lookup::Found;
+use lookup::{Found, Identity};
 
 /// A file up to this size is read whole by the task that opened it.
 pub const WHOLE_BYTES: u64 = 64 << 10;
@@ -41,11 +47,13 @@ pub struct FileLimits {
     pub tasks: usize,
     /// Memory of large chunks on their way to clients; beyond it chunks are small.
     pub chunk_bytes: usize,
+    /// Memory of small files and of what is known of paths; 0: none.
+    pub cache_bytes: u64,
 }
 
 impl Default for FileLimits {
     fn default() -> Self {
-        FileLimits { tasks: 32, chunk_bytes: 32 << 20 }
+        FileLimits { tasks: 32, chunk_bytes: 32 << 20, cache_bytes: 32 << 20 }
     }
 }
 
@@ -53,6 +61,16 @@ impl Default for FileLimits {
 #[derive(Clone)]
 pub struct Files {
     source: Source,
+    stats: Arc<Stats>,
+}
+
+/// Where to look, and what may be sent instead of what is found.
+#[derive(Clone, Copy, Debug)]
+pub struct Around<'a> {
+    pub root: &'a Path,
+    pub symlinks: &'a Symlinks,
+    /// Codings that may lie beside a file.
+    pub precompressed: &'a [Coding],
 }
 
 /// What of the request matters to a file.
@@ -91,24 +109,38 @@ impl Files {
     pub fn new(pool: Handle, limits: FileLimits) -> Files {
         let tasks = limits.tasks.clamp(1, Semaphore::MAX_PERMITS);
         let chunks = (limits.chunk_bytes / body::PERMIT_BYTES).min(Semaphore::MAX_PERMITS);
-        Files { source: Source { pool, tasks: Arc::new(Semaphore::new(tasks)), chunks: Arc::new(Semaphore::new(chunks)) } }
+        let source = Source { pool, tasks: Arc::new(Semaphore::new(tasks)), chunks: Arc::new(Semaphore::new(chunks)) };
+        Files { source, stats: Arc::new(Stats::new(limits.cache_bytes)) }
     }
 
-    /// Looks the steps up below `root` and answers. Errors: `Forbidden` for a file we may not read, `Internal` for
+    /// Looks the steps up below the root and answers. Errors: `Forbidden` for a file we may not read, `Internal` for
     /// what the file system cannot do, as when no descriptor is left.
-    pub async fn serve<'a>(
-        &self,
-        request: FileRequest<'_>,
-        root: &Path,
-        symlinks: &Symlinks,
-        lookup: Lookup<'a>,
-    ) -> Result<Served<'a>, Error> {
+    pub async fn serve<'a>(&self, request: FileRequest<'_>, around: Around<'_>, lookup: Lookup<'a>) -> Result<Served<'a>, Error> {
         let Lookup { steps, otherwise } = lookup;
-        let (root, symlinks) = (root.to_owned(), symlinks.clone());
-        let wanted = Wanted::of(&request);
-        let source = self.source.clone();
-        let done = self.source.run(move || answer(&root, &symlinks, &steps, &wanted, source)).await;
-        match done.map_err(|error| Error::new(Kind::Internal, format!("a static file: {error}")))? {
+        let wanted = Wanted::of(&request, around.precompressed);
+        let Around { root, symlinks, .. } = around;
+        let question = Question { root, symlinks, codings: &wanted.codings, steps: &steps };
+        let internal = |error: std::io::Error| Error::new(Kind::Internal, format!("a static file: {error}"));
+        let answer = match self.stats.get(&question) {
+            Ok(Known::File(file)) => Answer::Response(respond_from(&file, &wanted).map_err(internal)?),
+            Ok(Known::Redirect) => Answer::Redirect,
+            Ok(Known::Script(name)) => Answer::Script(name),
+            Ok(Known::Missing) => Answer::Missing,
+            Err(old) => {
+                let (key, source, stats) = (question.to_key(), self.source.clone(), self.stats.clone());
+                let (root, symlinks) = (root.to_owned(), symlinks.clone());
+                let look = move || {
+                    let looked = Instant::now();
+                    let (answer, known) = look(&root, &symlinks, &steps, &wanted, old, source)?;
+                    if let Some(known) = known {
+                        stats.put(key, known, looked);
+                    }
+                    Ok(answer)
+                };
+                self.source.run(look).await.map_err(internal)?
+            }
+        };
+        match answer {
             Answer::Response(response) => Ok(Served::Response(response)),
             Answer::Redirect => Ok(Served::Response(redirect(&request))),
             Answer::Script(name) => Ok(Served::Script(Script { name: name.into(), path_info: b"", query: None })),
@@ -117,10 +149,28 @@ impl Files {
         }
     }
 
-    /// Whether a regular file is there: for the hint on an undeclared script.
+    /// Whether a regular file is there, as of a second ago at most.
     pub async fn exists(&self, root: &Path, symlinks: &Symlinks, path: &[u8]) -> bool {
-        let (root, symlinks, path) = (root.to_owned(), symlinks.clone(), path.to_vec());
-        self.source.run(move || lookup::is_file(&root, &symlinks, &path)).await.unwrap_or(false)
+        // As a script is: looked for, and never read. For a name that is no text nobody asks often.
+        let name = String::from_utf8(path.to_vec()).unwrap_or_default();
+        let steps = [Step::Script(name.clone())];
+        let question = Question { root, symlinks, codings: &[], steps: &steps };
+        match self.stats.get(&question) {
+            Ok(known) => matches!(known, Known::Script(_)),
+            Err(_) => {
+                let (key, stats) = (question.to_key(), self.stats.clone());
+                let (root, symlinks, path) = (root.to_owned(), symlinks.clone(), path.to_vec());
+                let look = move || {
+                    let looked = Instant::now();
+                    let is_there = lookup::is_file(&root, &symlinks, &path)?;
+                    if !name.is_empty() {
+                        stats.put(key, if is_there { Known::Script(name) } else { Known::Missing }, looked);
+                    }
+                    Ok(is_there)
+                };
+                self.source.run(look).await.unwrap_or(false)
+            }
+        }
     }
 }
 
@@ -136,42 +186,84 @@ enum Answer {
 struct Wanted {
     method: Method,
     conditions: Conditions,
+    /// Those of `precompressed` that the client takes, in the server's order.
+    codings: Vec<Coding>,
+    /// Another client may get another coding.
+    varies: bool,
 }
 
 impl Wanted {
-    fn of(request: &FileRequest<'_>) -> Wanted {
-        Wanted { method: request.method.clone(), conditions: Conditions::of(request.headers) }
+    fn of(request: &FileRequest<'_>, precompressed: &[Coding]) -> Wanted {
+        Wanted {
+            method: request.method.clone(),
+            conditions: Conditions::of(request.headers),
+            codings: precompressed.iter().filter(|coding| coding::takes(request.headers, coding.name())).copied().collect(),
+            varies: !precompressed.is_empty(),
+        }
     }
 }
 
-/// Runs in the pool.
-fn answer(root: &Path, symlinks: &Symlinks, steps: &[Step], wanted: &Wanted, source: Source) -> std::io::Result<Answer> {
+/// Runs in the pool. `old`: contents that may still be right. Also what is to be remembered.
+fn look(
+    root: &Path,
+    symlinks: &Symlinks,
+    steps: &[Step],
+    wanted: &Wanted,
+    old: Option<Arc<Small>>,
+    source: Source,
+) -> std::io::Result<(Answer, Option<Known>)> {
     // A file that shrinks between fstat and read is looked at again, but not for ever.
     for _ in 0..3 {
-        let (file, path) = match lookup::find(root, symlinks, steps)? {
-            Found::File { file, path } => (file, path),
-            Found::Redirect => return Ok(Answer::Redirect),
-            Found::Script(name) => return Ok(Answer::Script(name)),
-            Found::Missing => return Ok(Answer::Missing),
-            Found::Forbidden => return Ok(Answer::Forbidden),
+        let (file, path, coding) = match lookup::find(root, symlinks, steps, &wanted.codings)? {
+            Found::File { file, path, coding } => (file, path, coding),
+            Found::Redirect => return Ok((Answer::Redirect, Some(Known::Redirect))),
+            Found::Script(name) => return Ok((Answer::Script(name.clone()), Some(Known::Script(name)))),
+            Found::Missing => return Ok((Answer::Missing, Some(Known::Missing))),
+            Found::Forbidden => return Ok((Answer::Forbidden, None)),
         };
-        match respond(file, &path, wanted, source.clone()) {
-            Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {}
-            other => return other.map(Answer::Response),
+        let lookup::Opened { file, identity } = file;
+        if identity.size > WHOLE_BYTES {
+            let (mut response, segments) = head(&identity, &path, coding, wanted);
+            if segments.iter().map(Segment::len).sum::<u64>() > WHOLE_BYTES {
+                *response.body_mut() = FileBody::stream(source, file, segments);
+                return Ok((Answer::Response(response), None));
+            }
+            match body::read_segments(Contents::File(&file), segments) {
+                Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => continue,
+                read => *response.body_mut() = read?.into(),
+            }
+            return Ok((Answer::Response(response), None));
         }
+        let unchanged = old.as_ref().filter(|old| old.identity == identity && old.path == path && old.coding == coding);
+        let small = match unchanged {
+            Some(old) => old.clone(),
+            None => match body::read_segments(Contents::File(&file), vec![Segment::File { offset: 0, len: identity.size }]) {
+                Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => continue,
+                read => Arc::new(Small { identity, path, coding, contents: read? }),
+            },
+        };
+        return Ok((Answer::Response(respond_from(&small, wanted)?), Some(Known::File(small))));
     }
     Err(std::io::ErrorKind::UnexpectedEof.into())
 }
 
-fn respond(file: lookup::Opened, path: &[u8], wanted: &Wanted, source: Source) -> std::io::Result<Response<FileBody>> {
-    let lookup::Opened { file, size, modified } = file;
+/// From memory.
+fn respond_from(file: &Small, wanted: &Wanted) -> std::io::Result<Response<FileBody>> {
+    let (mut response, segments) = head(&file.identity, &file.path, file.coding, wanted);
+    *response.body_mut() = body::read_segments(Contents::Memory(&file.contents), segments)?.into();
+    Ok(response)
+}
+
+/// The head of the answer, and which parts of the file make its body.
+fn head(identity: &Identity, path: &[u8], coding: Option<Coding>, wanted: &Wanted) -> (Response<FileBody>, Vec<Segment>) {
+    let Identity { size, modified, .. } = *identity;
     let mut response = Response::new(FileBody::Empty);
     let is_head = wanted.method == Method::HEAD;
     if !is_head && wanted.method != Method::GET {
         *response.status_mut() = StatusCode::METHOD_NOT_ALLOWED;
         response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
         response.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from(0));
-        return Ok(response);
+        return (response, Vec::new());
     }
     let validators = Validators { etag: etag(size, modified), modified, size };
     let decision = wanted.conditions.decide(&validators, !is_head);
@@ -181,6 +273,10 @@ fn respond(file: lookup::Opened, path: &[u8], wanted: &Wanted, source: Source) -
     }
     if let Ok(value) = HeaderValue::from_str(&http_date(modified)) {
         headers.insert(LAST_MODIFIED, value);
+    }
+    // On a 304 too (RFC 9110, section 15.4.5).
+    if wanted.varies {
+        headers.insert(VARY, HeaderValue::from_static("Accept-Encoding"));
     }
     let (status, segments) = match decision {
         Decision::Whole => {
@@ -203,20 +299,16 @@ fn respond(file: lookup::Opened, path: &[u8], wanted: &Wanted, source: Source) -
             (StatusCode::RANGE_NOT_SATISFIABLE, Vec::new())
         }
     };
+    if let (Some(coding), StatusCode::OK | StatusCode::PARTIAL_CONTENT) = (coding, status) {
+        headers.insert(CONTENT_ENCODING, HeaderValue::from_static(coding.name()));
+    }
     let length: u64 = segments.iter().map(Segment::len).sum();
     // A 304 has no length: it would be that of a body it does not have (RFC 9110, section 8.6).
     if status != StatusCode::NOT_MODIFIED {
         headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
     }
     *response.status_mut() = status;
-    if !is_head && length > 0 {
-        *response.body_mut() = if length <= WHOLE_BYTES {
-            FileBody::Whole(body::read_segments(&file, segments)?)
-        } else {
-            FileBody::stream(source, file, segments)
-        };
-    }
-    Ok(response)
+    (response, if is_head { Vec::new() } else { segments })
 }
 
 /// 301 to the path with its `/`. A reference without scheme and host keeps whatever port and scheme the client used.
@@ -256,7 +348,7 @@ fn content_type(path: &[u8]) -> HeaderValue {
     let name = path.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
     let extension = name.iter().rposition(|byte| *byte == b'.').and_then(|dot| name.get(dot + 1..));
     let extension = extension.and_then(|extension| str::from_utf8(extension).ok()).unwrap_or_default();
-    let Some(kind) = mime_guess::from_ext(extension).first_raw() else {
+    let Some(kind) = today(extension).or_else(|| mime_guess::from_ext(extension).first_raw()) else {
         return HeaderValue::from_static("application/octet-stream");
     };
     let is_text = kind.starts_with("text/")
@@ -267,6 +359,22 @@ fn content_type(path: &[u8]) -> HeaderValue {
         return HeaderValue::from_static(kind);
     }
     HeaderValue::from_str(&format!("{kind}; charset=utf-8")).unwrap_or(HeaderValue::from_static("text/plain"))
+}
+
+/// What the table knows by an older name, or another file's (IANA media types; WHATWG MIME Sniffing standard).
+fn today(extension: &str) -> Option<&'static str> {
+    const TODAY: [(&str, &str); 9] = [
+        ("js", "text/javascript"),
+        ("mjs", "text/javascript"),
+        ("woff", "font/woff"),
+        ("otf", "font/otf"),
+        ("ttf", "font/ttf"),
+        ("ts", "video/mp2t"),
+        ("m3u8", "application/vnd.apple.mpegurl"),
+        ("rpm", "application/x-redhat-package-manager"),
+        ("mid", "audio/midi"),
+    ];
+    TODAY.iter().find(|(known, _)| extension.eq_ignore_ascii_case(known)).map(|(_, kind)| *kind)
 }
 
 /// Bytes of a small thing that is already in memory.

@@ -57,7 +57,12 @@ pub(super) fn parse(header: &str, size: u64) -> Ranges {
 fn one(spec: &str, size: u64) -> Option<Option<(u64, u64)>> {
     let (first, last) = spec.split_once('-')?;
     if first.is_empty() {
-        let suffix = digits(last)?.min(size);
+        let suffix = digits(last)?;
+        // The last bytes of an empty file are there, all none of them (RFC 9110, section 14.1.2): no range, the whole of it.
+        if suffix > 0 && size == 0 {
+            return None;
+        }
+        let suffix = suffix.min(size);
         return Some((suffix > 0).then_some((size - suffix, suffix)));
     }
     let first = digits(first)?;
@@ -139,7 +144,7 @@ mod tests {
             assert_eq!(parse(header, 100), want, "{header}");
         }
         assert_eq!(parse("bytes=0-", 0), Ranges::Unsatisfiable);
-        assert_eq!(parse("bytes=-5", 0), Ranges::Unsatisfiable);
+        assert_eq!(parse("bytes=-5", 0), Ranges::Ignored);
     }
 
     proptest! {

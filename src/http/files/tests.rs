@@ -16,6 +16,7 @@ use crate::http::route::Index;
 struct Rig {
     dir: TempDir,
     files: Files,
+    precompressed: Vec<Coding>,
     worker: tokio::runtime::Runtime,
     _pool: tokio::runtime::Runtime,
 }
@@ -24,7 +25,8 @@ impl Rig {
     fn new(limits: FileLimits) -> Rig {
         let pool = tokio::runtime::Builder::new_current_thread().max_blocking_threads(2).build().unwrap();
         let worker = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        Rig { dir: tempfile::tempdir().unwrap(), files: Files::new(pool.handle().clone(), limits), worker, _pool: pool }
+        let files = Files::new(pool.handle().clone(), limits);
+        Rig { dir: tempfile::tempdir().unwrap(), files, precompressed: Vec::new(), worker, _pool: pool }
     }
 
     fn root(&self) -> PathBuf {
@@ -48,7 +50,8 @@ impl Rig {
         let headers: HeaderMap = headers.iter().map(|(name, value)| (name.clone(), value.parse().unwrap())).collect();
         let request = FileRequest { method: &method, headers: &headers, path: b"/dir\\x", query: Some("q=1") };
         let lookup = Lookup { steps, otherwise: Otherwise::NotFound };
-        self.worker.block_on(self.files.serve(request, &self.root(), symlinks, lookup))
+        let around = Around { root: &self.root(), symlinks, precompressed: &self.precompressed };
+        self.worker.block_on(self.files.serve(request, around, lookup))
     }
 
     fn get(&self, path: &str, headers: &[(http::HeaderName, &str)]) -> Response<FileBody> {
@@ -106,7 +109,7 @@ fn a_small_file() {
 #[test]
 fn large_files_are_streamed_whole() {
     for chunk_bytes in [0, 1 << 20] {
-        let rig = Rig::new(FileLimits { tasks: 1, chunk_bytes });
+        let rig = Rig::new(FileLimits { tasks: 1, chunk_bytes, cache_bytes: 0 });
         for len in [65_536, 65_537, 1_000_003] {
             let content = pattern(len);
             rig.write("big.bin", &content);

@@ -47,6 +47,10 @@ pub fn check<'a>(parts: &'a Parts, limits: &Limits) -> Result<Passed<'a>, Error>
     if parts.method == Method::TRACE || parts.method == Method::CONNECT {
         return Err(Error::new(Kind::MethodNotAllowed, parts.method.as_str()));
     }
+    // "GET example.com": a target without its slash is the form of CONNECT alone (RFC 9112, section 3.2.3).
+    if parts.version < Version::HTTP_2 && parts.uri.scheme().is_none() && parts.uri.authority().is_some() {
+        return Err(Error::new(Kind::BadRequest, "a target that is neither a path nor a URL"));
+    }
     if parts.uri.path() == "*" {
         if parts.method != Method::OPTIONS {
             return Err(Error::new(Kind::BadRequest, "`*` as the target of another method than OPTIONS"));

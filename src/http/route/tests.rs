@@ -1,5 +1,6 @@
 use std::collections::HashMap;
 
+use http::HeaderValue;
 use proptest::prelude::*;
 use regex::Regex;
 
@@ -7,7 +8,7 @@ use super::*;
 use crate::model::site::{PhpRoot, Symlinks};
 
 fn asked<'a>(method: &'a Method, headers: &'a HeaderMap) -> Asked<'a> {
-    Asked { method, headers, from: [192, 0, 2, 1].into() }
+    Asked { method, headers, query: None, from: [192, 0, 2, 1].into(), https: false }
 }
 
 pub(in crate::http) fn a_route(path: &str, pattern: Pattern) -> Route {
@@ -26,6 +27,9 @@ pub(in crate::http) fn a_route(path: &str, pattern: Pattern) -> Route {
         headers: Default::default(),
         request_headers: Default::default(),
         expires: None,
+        cors: None,
+        maintenance: None,
+        precompressed: Vec::new(),
         upstream: Some("php".into()),
         files: Files::OrFront,
         try_files: None,
@@ -61,23 +65,30 @@ fn a_route_may_ask_for_headers_cookies_and_addresses() {
     let mut site = site_with(&[]);
     let when = |when: When| Route { when, ..a_route("/x", Pattern::Exact("/x".into())) };
     let cases = [
-        ("header", When { headers: vec![("x-debug".parse().unwrap(), None)], ..When::default() }),
-        ("value", When { headers: vec![("x-tenant".parse().unwrap(), Some(HeaderValue::from_static("b")))], ..When::default() }),
-        ("cookie", When { cookies: vec![("preview".into(), None)], ..When::default() }),
-        ("cookie value", When { cookies: vec![("variant".into(), Some("2".into()))], ..When::default() }),
+        ("header", When { headers: vec![("x-debug".parse().unwrap(), Wanted::Any)], ..When::default() }),
+        ("value", When { headers: vec![("x-tenant".parse().unwrap(), Wanted::Text("b".into()))], ..When::default() }),
+        ("cookie", When { cookies: vec![("preview".into(), Wanted::Any)], ..When::default() }),
+        (
+            "cookie value",
+            When { cookies: vec![("variant".into(), Wanted::Pattern(Regex::new("^2$").unwrap()))], ..When::default() },
+        ),
+        ("argument", When { args: vec![("debug".into(), Wanted::Text("1".into()))], ..When::default() }),
         ("address", When { from: vec!["10.0.0.0/8".parse().unwrap()], ..When::default() }),
     ];
     let routes = cases.iter().map(|(name, w)| Arc::new(Route { path: (*name).into(), ..when(w.clone()) }));
     let last = Route { path: "none".into(), ..when(When::default()) };
     site.exact.insert("/x".into(), routes.chain([Arc::new(last)]).collect());
-    let chosen = |headers: &[(&str, &str)], from: [u8; 4]| {
+    let chosen_with = |headers: &[(&str, &str)], from: [u8; 4], query: Option<&str>| {
         let mut map = HeaderMap::new();
         for (name, value) in headers {
             map.append(HeaderName::try_from(*name).unwrap(), HeaderValue::from_str(value).unwrap());
         }
-        let asked = Asked { method: &Method::GET, headers: &map, from: from.into() };
+        let asked = Asked { method: &Method::GET, headers: &map, query, from: from.into(), https: false };
         route(&site, &asked, b"/x").path.clone()
     };
+    let chosen = |headers: &[(&str, &str)], from: [u8; 4]| chosen_with(headers, from, None);
+    assert_eq!(chosen_with(&[], [192, 0, 2, 1], Some("a=2&debug=1")), "argument");
+    assert_eq!(chosen_with(&[], [192, 0, 2, 1], Some("xdebug=1&debug=12")), "none");
     let stranger = [192, 0, 2, 1];
     assert_eq!(chosen(&[], stranger), "none");
     assert_eq!(chosen(&[("X-Debug", "")], stranger), "header");
@@ -97,6 +108,7 @@ fn any_route() -> Route {
 pub(in crate::http) fn site_with(scripts: &[&str]) -> Site {
     Site {
         name: "default".into(),
+        preset: None,
         root: None,
         php_root: PhpRoot::SameAsRoot,
         index: vec!["index.php".into(), "index.html".into()],

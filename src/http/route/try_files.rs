@@ -3,12 +3,17 @@
 use std::borrow::Cow;
 
 use http::StatusCode;
+use regex::Regex;
 
 use super::{
-    Index, Lookup, Otherwise, Refusal, Script, Step, Target, declared_script, has_dotfile, looks_like_php,
+    Index, Lookup, Otherwise, Refusal, Script, Step, Target, declared_script, has_dotfile, looks_like_php, lossless,
     scripts::is_declared_exactly,
 };
-use crate::model::{Route, Site};
+use crate::model::{
+    Route, Site,
+    site::Pattern,
+    text::{Part, parts},
+};
 
 /// Steps so far. Once `certain` is set the rest of the list is out of reach.
 pub(super) struct Plan<'a, 'q> {
@@ -17,13 +22,19 @@ pub(super) struct Plan<'a, 'q> {
     path: &'a [u8],
     query: &'q str,
     has_root: bool,
+    /// Of the route's expression, and the text they are in; looked for where the list asks for one.
+    groups: Option<(&'a Regex, Cow<'a, str>)>,
     steps: Vec<Step>,
     certain: Option<Otherwise<'a>>,
 }
 
 impl<'a, 'q> Plan<'a, 'q> {
-    pub(super) fn new(site: &'a Site, route: &Route, path: &'a [u8], query: &'q str, has_root: bool) -> Self {
-        Plan { site, runs_php: route.upstream.is_some(), path, query, has_root, steps: Vec::new(), certain: None }
+    pub(super) fn new(site: &'a Site, route: &'a Route, path: &'a [u8], query: &'q str, has_root: bool) -> Self {
+        let groups = match &route.pattern {
+            Pattern::Regex(regex) if regex.captures_len() > 1 => Some((regex, lossless::to_text(path))),
+            _ => None,
+        };
+        Plan { site, runs_php: route.upstream.is_some(), path, query, has_root, groups, steps: Vec::new(), certain: None }
     }
 
     pub(super) fn target(self) -> Target<'a> {
@@ -61,7 +72,7 @@ impl<'a, 'q> Plan<'a, 'q> {
             return;
         }
         match last.split('?').next() {
-            Some(path) if path.contains("$uri") => self.item(path),
+            Some(path) if parts(path).iter().any(|part| self.names_file(part)) => self.item(path),
             _ => self.fallback(last),
         }
     }
@@ -69,7 +80,8 @@ impl<'a, 'q> Plan<'a, 'q> {
     fn item(&mut self, item: &str) {
         let path = self.expand_path(item);
         // "$uri.html" of "/" is a dot file that nobody wrote; one in the item itself is the operator's wish.
-        if has_dotfile(&path) && !item.contains("/.") {
+        // One in the client's path is the route's.
+        if has_dotfile(&path) && !item.contains("/.") && !has_dotfile(self.path) {
             return;
         }
         if item.ends_with('/') {
@@ -81,12 +93,31 @@ impl<'a, 'q> Plan<'a, 'q> {
         }
     }
 
+    /// `$uri`, or a group of the route's expression.
+    fn names_file(&self, part: &Part<'_>) -> bool {
+        matches!(part, Part::Name(name) if !["is_args", "args", "query_string"].contains(name))
+    }
+
+    /// `None`: there is none of that name. One that took no part is empty.
+    fn group(&self, name: &str) -> Option<String> {
+        let (regex, text) = self.groups.as_ref()?;
+        let number = match name.parse::<usize>() {
+            Ok(number) => number,
+            Err(_) => regex.capture_names().position(|known| known == Some(name))?,
+        };
+        let found = (number < regex.captures_len()).then(|| regex.captures(text))?;
+        Some(found.and_then(|found| found.get(number).map(|found| found.as_str().to_owned())).unwrap_or_default())
+    }
+
     fn expand_path(&self, item: &str) -> Vec<u8> {
-        let mut parts = item.split("$uri");
-        let mut path = parts.next().unwrap_or_default().as_bytes().to_vec();
-        for part in parts {
-            path.extend_from_slice(self.path);
-            path.extend_from_slice(part.as_bytes());
+        let mut path = Vec::new();
+        for part in parts(item) {
+            match part {
+                Part::Literal(literal) => path.extend_from_slice(literal.as_bytes()),
+                Part::Name("uri") => path.extend_from_slice(self.path),
+                Part::Name(name) => path.extend_from_slice(&lossless::to_bytes(&self.group(name).unwrap_or_default())),
+                Part::Unclosed => {}
+            }
         }
         if path.first() != Some(&b'/') {
             path.insert(0, b'/');
@@ -189,26 +220,24 @@ impl<'a, 'q> Plan<'a, 'q> {
 
     /// `None`: the client's query stays.
     fn expand_query(&self, template: &str) -> Option<String> {
-        let mut query = String::new();
-        let mut rest = match template.strip_prefix('?') {
+        let rest = match template.strip_prefix('?') {
             Some(rest) => rest,
             None => template.strip_prefix("$is_args").filter(|_| !self.query.is_empty())?,
         };
-        while let Some((before, after)) = rest.split_once('$') {
-            query.push_str(before);
-            rest = after;
-            if let Some(after) = rest.strip_prefix("args").or_else(|| rest.strip_prefix("query_string")) {
-                query.push_str(self.query);
-                rest = after;
-            } else if let Some(after) = rest.strip_prefix("uri") {
+        let mut query = String::new();
+        for part in parts(rest) {
+            match part {
+                Part::Literal(literal) => query.push_str(literal),
+                Part::Name("args" | "query_string") => query.push_str(self.query),
                 // Encoded, where Nginx is not: a decoded `&` in a path must not become a parameter.
-                encode(&mut query, self.path);
-                rest = after;
-            } else {
-                query.push('$');
+                Part::Name("uri") => encode(&mut query, self.path),
+                Part::Name(name) => match self.group(name) {
+                    Some(group) => encode(&mut query, &lossless::to_bytes(&group)),
+                    None => query.extend(["$", name]),
+                },
+                Part::Unclosed => {}
             }
         }
-        query.push_str(rest);
         Some(query)
     }
 }

@@ -3,6 +3,7 @@ use std::net::Ipv4Addr;
 use proptest::prelude::*;
 
 use super::*;
+use crate::model::settings::LogFormat;
 
 const LIMIT: Duration = Duration::from_secs(5);
 
@@ -30,7 +31,12 @@ fn entry() -> Entry<'static> {
         cause: "",
         user_agent: b"curl/8",
         referer: b"",
+        heads: None,
     }
+}
+
+fn told(access: AccessFormat, access_sample: u8) -> Log {
+    Log { format: LogFormat::Auto, level: String::new(), access, access_sample, access_file: String::new() }
 }
 
 fn json_line(entry: &Entry<'_>) -> String {
@@ -101,15 +107,15 @@ fn the_calendar_agrees_with_httpdate() {
 fn lines_reach_the_file_by_size_by_tick_and_by_drop() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("access");
-    let log = AccessLog::start(AccessFormat::Json, Target::from(path.to_str().unwrap())).unwrap();
+    let log = AccessLog::start(&told(AccessFormat::Json, 100), Target::from(path.to_str().unwrap())).unwrap();
     let writer = log.writer();
     for _ in 0..200 {
         writer.log(&entry());
     }
     writer.tick();
-    log.set_format(AccessFormat::Combined);
+    log.set_format(&told(AccessFormat::Combined, 100));
     writer.log(&entry());
-    log.set_format(AccessFormat::Off);
+    log.set_format(&told(AccessFormat::Off, 100));
     writer.log(&entry());
     drop(writer);
     assert!(log.flush_and_stop(LIMIT));
@@ -123,7 +129,7 @@ fn lines_reach_the_file_by_size_by_tick_and_by_drop() {
 #[test]
 fn a_slow_reader_loses_lines_and_never_holds_the_worker() {
     let (sink, reader) = super::super::sink::tests::stuck_pipe("slow");
-    let log = AccessLog(Arc::new(Shared { sink, format: AtomicU8::new(code(&AccessFormat::Json)) }));
+    let log = AccessLog(Arc::new(Shared { sink, format: Format::of(&told(AccessFormat::Json, 100)) }));
     let writer = log.writer();
     let began = std::time::Instant::now();
     for _ in 0..50_000 {
