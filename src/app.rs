@@ -132,9 +132,9 @@ pub fn run(path: &Path) -> Result<u8, String> {
         told: Mutex::new(Told { warnings: config.warnings.clone(), ..Told::default() }),
     });
     metrics.set_source({
-        let (control, buffers) = (Arc::downgrade(&control), buffers.clone());
+        let (control, buffers, access) = (Arc::downgrade(&control), buffers.clone(), access.clone());
         Box::new(move || match control.upgrade() {
-            Some(control) => status::gauges(&control, buffers.memory.used(), buffers.disk.used()),
+            Some(control) => status::gauges(&control, buffers.memory.used(), buffers.disk.used(), access.lost()),
             None => crate::telemetry::metrics::Gauges::default(),
         })
     });

@@ -155,7 +155,7 @@ fn saturation(set: &Set, queued: usize) -> Option<f64> {
     Some((f64::from(busy) + f64::from(queued)) / f64::from(capacity))
 }
 
-pub fn gauges(control: &Control, memory: u64, disk: u64) -> Gauges {
+pub fn gauges(control: &Control, memory: u64, disk: u64, access_log_lost: u64) -> Gauges {
     let snapshot = control.store.load();
     let refused = control.told().refused.clone();
     let upstreams = snapshot
@@ -192,6 +192,7 @@ pub fn gauges(control: &Control, memory: u64, disk: u64) -> Gauges {
         })
         .collect();
     Gauges {
+        access_log_lost,
         phase: control.phase.get().name(),
         generation: snapshot.generation,
         upstreams,

@@ -114,6 +114,8 @@ pub struct Gauges {
     pub upstreams: Vec<UpstreamGauge>,
     pub buffer_memory_bytes: u64,
     pub buffer_disk_bytes: u64,
+    /// Lines, since the start.
+    pub access_log_lost: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -156,7 +158,6 @@ pub struct Metrics {
     reloads: Mutex<Vec<(&'static str, u64)>>,
     swaps: Mutex<Vec<(&'static str, u64)>>,
     emptied: Mutex<BySet>,
-    access_log_lost: AtomicU64,
 }
 
 impl Metrics {
@@ -168,7 +169,6 @@ impl Metrics {
             reloads: Mutex::default(),
             swaps: Mutex::default(),
             emptied: Mutex::default(),
-            access_log_lost: AtomicU64::new(0),
         })
     }
 
@@ -195,11 +195,6 @@ impl Metrics {
         *lock(&self.emptied).entry((Arc::clone(upstream), Arc::clone(set))).or_default() += 1;
     }
 
-    /// `n` more lines lost.
-    pub fn access_log_lost(&self, n: u64) {
-        self.access_log_lost.fetch_add(n, Ordering::Relaxed);
-    }
-
     /// The whole exposition, in OpenMetrics text; see [`CONTENT_TYPE`].
     pub fn encode(&self) -> String {
         let mut registry = Registry::default();
@@ -217,7 +212,6 @@ impl Metrics {
             reloads: lock(&self.reloads).clone(),
             swaps: lock(&self.swaps).clone(),
             emptied: lock(&self.emptied).clone(),
-            access_log_lost: self.access_log_lost.load(Ordering::Relaxed),
             ..Scrape::default()
         };
         for shard in &self.shards {
@@ -416,7 +410,6 @@ struct Scrape {
     reloads: Vec<(&'static str, u64)>,
     swaps: Vec<(&'static str, u64)>,
     emptied: BySet,
-    access_log_lost: u64,
     gauges: Gauges,
 }
 
@@ -479,7 +472,7 @@ impl Scrape {
             }
             name if name == BUFFER_MEMORY.name => out.gauge(&[], self.gauges.buffer_memory_bytes),
             name if name == BUFFER_DISK.name => out.gauge(&[], self.gauges.buffer_disk_bytes),
-            name if name == LOG_LOST.name => out.counter(&[], self.access_log_lost),
+            name if name == LOG_LOST.name => out.counter(&[], self.gauges.access_log_lost),
             name if name == BUILD.name => out.gauge(&[env!("CARGO_PKG_VERSION")], 1),
             name => self.set_rows(name, out),
         }

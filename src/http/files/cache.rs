@@ -104,6 +104,12 @@ impl Stats {
         Stats((bytes > 0).then(|| Cache::with_weighter(entries.max(16), bytes, Weight)))
     }
 
+    /// Of keys and contents together.
+    #[cfg(test)]
+    pub fn bytes(&self) -> u64 {
+        self.0.as_ref().map_or(0, Cache::weight)
+    }
+
     /// `Ok`: it answers. `Err`: nothing does, but perhaps contents that are still right.
     pub fn get(&self, question: &Question<'_>) -> Result<Known, Option<Arc<Small>>> {
         let Some(Entry { known, looked }) = self.0.as_ref().and_then(|cache| cache.get(question)) else { return Err(None) };

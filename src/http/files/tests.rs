@@ -291,3 +291,46 @@ fn dates_that_no_calendar_has_do_not_panic() {
     assert_eq!(content_type(b"/\xff.svg"), "image/svg+xml; charset=utf-8");
     assert_eq!(content_type(b"/a.d/x"), "application/octet-stream");
 }
+
+/// However many paths are asked for, and whatever they hold.
+#[test]
+fn what_is_kept_is_bounded() {
+    let cache_bytes = 256 << 10;
+    let rig = Rig::new(FileLimits { cache_bytes, ..FileLimits::default() });
+    for nth in 0..200 {
+        rig.write(&format!("{nth}.bin"), pattern(8000));
+        assert_eq!(rig.get(&format!("/{nth}.bin"), &[]).status(), 200);
+        assert!(!rig.found(&format!("/none-{nth}"), &Symlinks::Follow));
+        assert!(rig.files.stats.bytes() <= cache_bytes, "{} bytes", rig.files.stats.bytes());
+    }
+    assert!(rig.files.stats.bytes() > cache_bytes / 2);
+    // One that is too large for a part of it is served all the same.
+    rig.write("large.bin", pattern(60_000));
+    for _ in 0..2 {
+        let response = rig.get("/large.bin", &[]);
+        assert_eq!(rig.body(response), pattern(60_000));
+    }
+}
+
+/// One path under two policies, and in two roots, is two questions.
+#[test]
+fn what_is_known_of_a_path_is_known_of_that_path() {
+    let rig = Rig::new(FileLimits::default());
+    rig.write("a.css", "root");
+    rig.write("sub/a.css", "sub");
+    let outside = rig.dir.path().join("outside.css");
+    fs::write(&outside, "outside").unwrap();
+    symlink(&outside, rig.root().join("link.css")).unwrap();
+    for _ in 0..2 {
+        assert!(rig.found("/link.css", &Symlinks::Follow) && !rig.found("/link.css", &Symlinks::Within));
+        let response = rig.get("/sub/a.css", &[]);
+        assert_eq!(rig.body(response), b"sub");
+        let response = rig.get("/a.css", &[]);
+        assert_eq!(rig.body(response), b"root");
+    }
+    // A change of mode is one of the file's inode; root may read anything, so it is asked of a look alone.
+    assert!(
+        matches!(rig.serve(Method::POST, &[], &Symlinks::Follow, vec![file("/a.css")]), Ok(Served::Response(r)) if r.status() == 405)
+    );
+    assert_eq!(rig.get("/a.css", &[(RANGE, "bytes=1-2")]).status(), 206);
+}

@@ -18,10 +18,10 @@ fn with_everything() -> Arc<Metrics> {
     metrics.reload("applied");
     metrics.swap("done");
     metrics.emptied(&"php".into(), &"blue".into());
-    metrics.access_log_lost(3);
     metrics.set_source(Box::new(|| Gauges {
         phase: "Running",
         generation: 7,
+        access_log_lost: 3,
         upstreams: vec![UpstreamGauge {
             name: "php".into(),
             queued: 4,
