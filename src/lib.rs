@@ -5,7 +5,7 @@
 //! streams each under its own: [`edge::streams`]), and calls the service.
 //!
 //! [`http::stack`] is that service and reads from top to bottom: request id, guards, real client, site, path, route
-//! ([`http::route`]), then a file ([`http::files`]) or a script. A script goes to [`http::forward`]: its body is read whole ([`http::body`],
+//! ([`http::route`]), what the route says besides ([`model::rules`], [`http::layers`]), then a plain answer, a file ([`http::files`]) or a script. A script goes to [`http::forward`]: its body is read whole ([`http::body`],
 //! beyond memory to [`http::spill`]), then it is dispatched.
 //!
 //! [`upstream::dispatch`] looks at the current [`upstream::snapshot`] in [`upstream::store`] and takes, in one step, a lease, a slot or a
