@@ -590,7 +590,10 @@ async fn no_guard_is_passed_by_another_way_to_write_a_request() {
 /// Browsers ask before they send, and read only what they may.
 #[tokio::test(flavor = "multi_thread")]
 async fn pages_of_other_origins_are_told_what_they_may() {
-    let fpm = ScriptedFpm::start(Behaviour::hello("blue").header("Access-Control-Allow-Origin", "*")).await;
+    let fpm = ScriptedFpm::start(
+        Behaviour::hello("blue").header("Access-Control-Allow-Origin", "*").header("Access-Control-Allow-Credentials", "true"),
+    )
+    .await;
     let proxy = proxy(
         &fpm,
         r#"
@@ -602,6 +605,10 @@ async fn pages_of_other_origins_are_told_what_they_may() {
         [[site.route]]
         path = "/own/*"
         cors = "off"
+        [[site.route]]
+        path = "/put"
+        when = { method = ["PUT"] }
+        cors = { origins = ["https://app.example"], methods = ["PUT"] }
         [[site.route]]
         path = "/files/*"
         files = "or-404"
@@ -642,6 +649,13 @@ async fn pages_of_other_origins_are_told_what_they_may() {
     let denied = ask("OPTIONS", "/api", &[preflight[0], preflight[1], ("X-Forwarded-For", "10.6.6.6")]).await;
     assert_eq!((denied.status, denied.header("access-control-allow-methods")), (403, None));
     assert_eq!(ask("GET", "/open/x", &[("Origin", "https://evil.example")]).await.header("access-control-allow-origin"), Some("*"));
+    // PHP's own word lets in nobody who is not named, nor with credentials.
+    let evil = ask("GET", "/api", &[("Origin", "https://evil.example")]).await;
+    assert_eq!((evil.header("access-control-allow-origin"), evil.header("access-control-allow-credentials")), (None, Some("true")));
+    assert_eq!(ask("GET", "/open/x", &[("Origin", "https://evil.example")]).await.header("access-control-allow-credentials"), None);
+    // A browser asks about the request that it would send: the route for PUT answers.
+    let put = ask("OPTIONS", "/put", &[preflight[0], ("Access-Control-Request-Method", "PUT")]).await;
+    assert_eq!((put.header("access-control-allow-methods"), put.header("access-control-allow-credentials")), (Some("PUT"), None));
     // Without the key PHP's own word stands.
     let own = ask("OPTIONS", "/own/x", &preflight).await;
     assert_eq!((own.header("access-control-allow-origin"), own.text().as_str()), (Some("*"), "blue hello\n"));
@@ -663,7 +677,10 @@ async fn in_a_maintenance_all_but_a_few_get_its_page() {
         maintenance = { file = "{DIR}/on" }
         [[site.route]]
         path = "/script/*"
-        maintenance = { page = "/index.php" }
+        maintenance = { page = "/none.html" }
+        [[site.route]]
+        path = "/open/*"
+        maintenance = "off"
         "#,
     )
     .await;
@@ -678,6 +695,9 @@ async fn in_a_maintenance_all_but_a_few_get_its_page() {
     }
     assert_eq!(get(&proxy, "/anything", &[("Cookie", "bypass=wrong")]).await.status, 503);
     assert_eq!(get(&proxy, "/assets/a.css", &[]).await.status, 200);
+    // What is behind a script's name is what a front controller sees.
+    assert_eq!(get(&proxy, "/open/x", &[]).await.status, 200);
+    assert_eq!(get(&proxy, "/index.php/open/x", &[]).await.status, 503);
     // PHP is not asked for the page either.
     let asked = fpm.requests().len();
     assert_eq!(get(&proxy, "/script/x", &[]).await.text(), "503 Service Unavailable\n");
@@ -701,6 +721,10 @@ async fn in_a_maintenance_all_but_a_few_get_its_page() {
     assert_eq!((plain.header("retry-after"), plain.text().as_str()), (None, "503 Service Unavailable\n"));
     std::fs::remove_file(proxy.folder().join("on")).unwrap();
     wait(200).await;
+    for word in ["maintenance on", "maintenance off"] {
+        let line = proxy.wait_for_log(word, Duration::from_secs(20)).await;
+        assert!(line.contains("/on\""), "{line}");
+    }
     eventually("the log names the cause", async || {
         let lines = proxy.log_json();
         lines
@@ -739,6 +763,22 @@ async fn php_sets_the_rate_and_the_charset() {
     }
 }
 
+/// What PHP has just written for one client is not what it wrote a moment ago for another.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_php_has_just_written_is_sent_as_it_is() {
+    let fpm = ScriptedFpm::start(Behaviour::answers(200, &[("X-Accel-Redirect", "/private/report.csv")], "")).await;
+    let proxy = proxy(&fpm, "[[site.route]]\npath = \"/private/*\"\ninternal = true\nfiles = \"or-404\"").await;
+    let folder = proxy.folder().join("private");
+    std::fs::create_dir(&folder).unwrap();
+    assert_eq!(get(&proxy, "/report", &[]).await.status, 404);
+    for name in ["alice", "bob__", "carol", "d"] {
+        std::fs::write(folder.join("report.csv"), name).unwrap();
+        assert_eq!(get(&proxy, "/report", &[]).await.text(), name);
+    }
+    std::fs::remove_file(folder.join("report.csv")).unwrap();
+    assert_eq!(get(&proxy, "/report", &[]).await.status, 404);
+}
+
 /// What was found beside Nginx.
 #[tokio::test(flavor = "multi_thread")]
 async fn error_pages_of_plain_answers_and_of_methods_and_remote_user() {
@@ -769,10 +809,20 @@ async fn error_pages_of_plain_answers_and_of_methods_and_remote_user() {
     let posted = http::send(proxy.http(), "POST", "/a.txt", &[], b"x").await.unwrap();
     assert_eq!((posted.status, posted.text().as_str(), posted.header("allow")), (405, "not so", Some("GET, HEAD")));
     // An application's page may send the status of the error itself.
-    fpm.on("/404.php", Behaviour::answers(404, &[], "ours"));
-    fpm.next(Behaviour::answers(404, &[], "ours"));
+    fpm.next(Behaviour::answers(404, &[("X-Accel-Expires", "60"), ("X-Accel-Limit-Rate", "100000")], "ours"));
     let missing = get(&proxy, "/files/none", &[]).await;
     assert_eq!((missing.status, missing.text().as_str()), (404, "ours"));
+    assert!(missing.header("x-accel-expires").is_none() && missing.header("x-accel-limit-rate").is_none());
+    // An answer without a body is whole as well.
+    eventually("each line has its cause", async || {
+        let lines = proxy.log_json();
+        let cause = |path: &str| lines.iter().find(|line| line["path"] == path).map(|line| line["cause"].clone());
+        match (cause("/a.txt"), cause("/said/x")) {
+            (Some(posted), Some(said)) if posted == "method_not_allowed" && said.is_null() => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    })
+    .await;
 }
 
 /// All of them are driven by `from_nginx`; here what a site says besides.
@@ -785,11 +835,14 @@ async fn a_preset_is_the_default_of_a_site() {
         preset = "drupal"
         headers = { set = { X-Own = "1" } }
         [[site.route]]
-        path = "/*"
+        path = "/themes/*"
         access_log = "off"
         [[site.route]]
         path = "/themes/a/open.yml"
         files = "or-404"
+        [[site.route]]
+        path = "/system/files/*"
+        allow = ["10.0.0.0/8"]
         "#,
     )
     .await;
@@ -802,4 +855,8 @@ async fn a_preset_is_the_default_of_a_site() {
     assert_eq!(get(&proxy, "/themes/a/a.yml", &[]).await.status, 404, "what a preset closes no prefix opens");
     assert_eq!(get(&proxy, "/themes/a/open.yml", &[]).await.status, 200, "an exact path does");
     assert_eq!(get(&proxy, "/core/install.php", &[]).await.text(), "blue hello\n");
+    // The preset does not close these; who may is the site's to say.
+    assert_eq!(get(&proxy, "/system/files/x.sql", &[]).await.status, 403);
+    assert_eq!(get(&proxy, "/system/files/x.sql", &[("X-Forwarded-For", "10.0.0.1")]).await.text(), "blue hello\n");
+    assert_eq!(get(&proxy, "/de/system/files/x.sql", &[]).await.text(), "blue hello\n");
 }

@@ -6,6 +6,7 @@ use std::{
     process::ExitCode,
 };
 
+use super::explain;
 use crate::{
     control::{
         config::{self, Config},
@@ -15,9 +16,9 @@ use crate::{
 };
 
 /// Exit code 0 where the configuration can be served, 1 with every error on stderr where it cannot.
-pub fn run(config: &Path, expand: bool) -> ExitCode {
+pub fn run(config: &Path, expand: bool, url: Option<&str>) -> ExitCode {
     let env = |name: &str| std::env::var(name).ok();
-    match check(config, expand, &env, &mut io::stdout().lock(), &mut io::stderr().lock()) {
+    match check(config, expand, url, &env, &mut io::stdout().lock(), &mut io::stderr().lock()) {
         Ok(true) => ExitCode::SUCCESS,
         // Also where the reader of a pipe has left: what it got is not all there is to say.
         Ok(false) | Err(_) => ExitCode::FAILURE,
@@ -27,6 +28,7 @@ pub fn run(config: &Path, expand: bool) -> ExitCode {
 fn check(
     file: &Path,
     expanded: bool,
+    url: Option<&str>,
     env: &dyn Fn(&str) -> Option<String>,
     out: &mut dyn Write,
     err: &mut dyn Write,
@@ -49,6 +51,14 @@ fn check(
                 writeln!(err, "warning: the preflight of set {} of upstream {name} will give up at once: {why}", set.name)?;
             }
         }
+    }
+    if let Some(url) = url {
+        let explained = explain::explain(&config, url);
+        match &explained {
+            Ok(text) => write!(out, "{text}")?,
+            Err(why) => writeln!(err, "{why}")?,
+        }
+        return Ok(explained.is_ok());
     }
     // A comment before the expansion, so that this can be piped into a file and used as one.
     writeln!(out, "{}{}: ok ({})", if expanded { "# " } else { "" }, file.display(), counts(&config))?;
@@ -75,7 +85,7 @@ mod tests {
         let file = dir.path().join("s.toml");
         std::fs::write(&file, text).unwrap();
         let (mut out, mut err) = (Vec::new(), Vec::new());
-        let good = check(&file, expanded, &|_| None, &mut out, &mut err).unwrap();
+        let good = check(&file, expanded, None, &|_| None, &mut out, &mut err).unwrap();
         let shown = |bytes| String::from_utf8(bytes).unwrap().replace(&dir.path().display().to_string(), "DIR");
         (good, shown(out), shown(err))
     }

@@ -8,7 +8,8 @@ use crate::control::{api::SwapRequest, config::Config};
 
 pub mod check;
 pub mod demo;
-pub mod fleet;
+pub mod explain;
+mod fleet;
 pub mod order;
 pub mod render;
 
@@ -36,6 +37,9 @@ enum Command {
         /// Print everything that is in force, defaults included
         #[arg(long)]
         expand: bool,
+        /// Say which site and route take this request, and what would answer it: http://example.com/path
+        #[arg(long, conflicts_with = "expand")]
+        url: Option<String>,
     },
     /// Fill {{NAME}} placeholders in specs from the environment
     Render {
@@ -127,7 +131,7 @@ pub fn main() -> ExitCode {
             Ok(code) => ExitCode::from(code),
             Err(reason) => fail(&reason),
         },
-        Command::Check { config, expand } => check::run(&config.config, expand),
+        Command::Check { config, expand, url } => check::run(&config.config, expand, url.as_deref()),
         Command::Render { paths } => render::run(&paths),
         Command::Reload(admin) => order::run(admin.socket(), order::Order::Reload),
         Command::Swap { upstream, set, wait, timeout, dry_run, force, admin } => {

@@ -247,8 +247,14 @@ fn parse_all(
     let mut folders = Vec::new();
     let mut top = Reader::new(&report, &tree);
     let settings = settings::read(&mut top, env, &mut folders);
-    let upstreams = upstreams::read(&mut top, &settings.drain, settings.kubernetes.is_some(), &mut folders);
-    let around = sites::Around { upstreams: &upstreams, drain: &settings.drain, presets: &presets };
+    let upstreams =
+        upstreams::read(&mut top, &settings.drain, tree.get("drain").is_some(), settings.kubernetes.is_some(), &mut folders);
+    let around = sites::Around {
+        upstreams: &upstreams,
+        drain: &settings.drain,
+        presets: &presets,
+        has_trusted: !settings.listen.trusted_proxies.is_empty(),
+    };
     let sites = sites::read(&mut top, &around, &mut folders);
     top.finish();
 

@@ -19,7 +19,7 @@ use crate::model::{
     Route, Site, SiteTable,
     rules::{Action, Cors, ErrorPage, Limit, Maintenance, Scheme, Wanted, When},
     settings::{AccessFormat, Buffer, Drain, Listen, Log, LogFormat, ReloadMode},
-    site::{Files, Pattern, PhpRoot, Symlinks},
+    site::{Files, Origin, Pattern, PhpRoot, Symlinks},
     text::Text,
     upstream::{Balance, Ping, Port, ServicePort, SetConfig},
 };
@@ -289,6 +289,10 @@ fn route(out: &mut Out, config: &Config, route: &Route) {
         Pattern::Prefix(_) => "every path that begins so",
         Pattern::Regex(_) => "every path that the expression finds something in",
     });
+    out.comment(match route.origin {
+        Origin::Exception => format!("| from {}; gives way to the site's own routes", route.at),
+        Origin::Site | Origin::Preset => format!("| from {}", route.at),
+    });
     out.key("path", quote(&route.path));
     out.key("when", format_args!("{{ {} }}", when(route).join(", ")));
     route_keys(out, config, route);
@@ -420,11 +424,11 @@ fn rules(out: &mut Out, route: &Route) {
     }
     match route.maintenance.as_deref() {
         None => out.key("maintenance", quote("off")),
-        Some(Maintenance { page, bypass, retry_after, file }) => {
+        Some(Maintenance { page, bypass, retry_after, flag }) => {
             let mut all = named(bypass);
             all.insert(0, format!("page = {}", quote(page.as_deref().unwrap_or_default())));
             all.extend(retry_after.map(|after| format!("retry_after = {}", duration(after))));
-            all.push(format!("file = {}", path_or_empty(file.as_deref())));
+            all.push(format!("file = {}", path_or_empty(flag.as_ref().map(|flag| flag.file.as_path()))));
             out.key("maintenance", format_args!("{{ {} }}", all.join(", ")));
         }
     }

@@ -20,6 +20,18 @@ pub enum Content {
     File(FileBody),
 }
 
+impl Content {
+    /// Nothing of it is left to be sent.
+    pub fn is_over(&self) -> bool {
+        match self {
+            Content::Empty => true,
+            Content::Whole(bytes) => bytes.as_ref().is_none_or(Bytes::is_empty),
+            Content::Pipe(pipe) => pipe.is_end_stream(),
+            Content::File(file) => file.is_end_stream(),
+        }
+    }
+}
+
 impl From<String> for Content {
     fn from(text: String) -> Self {
         Content::Whole(Some(Bytes::from(text)))
@@ -85,15 +97,7 @@ impl Body for Answer {
     }
 
     fn is_end_stream(&self) -> bool {
-        if self.kept() > 0 {
-            return false;
-        }
-        match &self.content {
-            Content::Empty => true,
-            Content::Whole(bytes) => bytes.as_ref().is_none_or(Bytes::is_empty),
-            Content::Pipe(pipe) => pipe.is_end_stream(),
-            Content::File(file) => file.is_end_stream(),
-        }
+        self.kept() == 0 && self.content.is_over()
     }
 
     fn size_hint(&self) -> SizeHint {

@@ -20,7 +20,7 @@ use crate::{
         Phase, PhaseCell,
         drain::{End, Tally},
     },
-    model::{Peer, rules::Cors},
+    model::{Peer, Route, rules::Cors},
     telemetry::{
         access_log::{Entry, Heads, Writer},
         metrics::Shard,
@@ -66,6 +66,7 @@ pub struct Record {
 #[derive(Default)]
 pub struct Way {
     pub site: Option<Arc<str>>,
+    pub route: Option<Arc<Route>>,
     pub upstream: Option<Arc<str>>,
     pub set: Option<Arc<str>>,
     pub endpoint: Option<Arc<Endpoint>>,
@@ -183,6 +184,7 @@ impl Sinks {
             time: SystemTime::now(),
             id: id.as_str(),
             site: "",
+            route: "",
             remote_addr: peer.remote.ip().to_canonical(),
             remote_user: "",
             method: "",
@@ -285,6 +287,7 @@ impl Drop for Finish {
                 time: record.time,
                 id: record.id.as_str(),
                 site: &site,
+                route: way.route.as_ref().map_or("", |route| &route.path),
                 remote_addr: record.client,
                 remote_user: record.user.borrow().as_deref().unwrap_or_default(),
                 method: record.method.as_str(),

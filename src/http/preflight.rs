@@ -31,6 +31,7 @@ pub fn question(sites: &SiteTable, upstream: &str, set: &SetConfig, preflight: &
     let asked = Asked {
         method: &http::Method::GET,
         headers: &http::HeaderMap::new(),
+        preflight: None,
         query: Some(query),
         from: std::net::Ipv4Addr::LOCALHOST.into(),
         https: preflight.https,

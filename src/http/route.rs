@@ -5,7 +5,7 @@
 
 use std::{borrow::Cow, net::IpAddr, sync::Arc};
 
-use http::{HeaderMap, HeaderName, Method, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use ipnet::IpNet;
 
 use super::variables::{argument, cookie};
@@ -14,7 +14,7 @@ use crate::{
     model::{
         Route, Site, SiteTable,
         rules::{Scheme, Wanted, When},
-        site::{Files, Pattern, ScriptPattern},
+        site::{Files, Origin, Pattern, ScriptPattern},
     },
 };
 
@@ -54,6 +54,8 @@ fn without_port(host: &str) -> &str {
 pub struct Asked<'a> {
     pub method: &'a Method,
     pub headers: &'a HeaderMap,
+    /// The method that a browser asks about before it sends it (CORS).
+    pub preflight: Option<&'a HeaderValue>,
     pub query: Option<&'a str>,
     /// The client's address.
     pub from: IpAddr,
@@ -64,8 +66,10 @@ pub struct Asked<'a> {
 impl Asked<'_> {
     /// A route for GET is one for HEAD too, as in Nginx.
     fn is_for(&self, route: &Route) -> bool {
+        let asked_about = self.preflight.filter(|_| route.cors.is_some()).map(HeaderValue::as_bytes);
         let method = route.methods.is_empty()
             || route.methods.contains(self.method)
+            || asked_about.is_some_and(|asked| route.methods.iter().any(|method| method.as_str().as_bytes() == asked))
             || *self.method == Method::HEAD && route.methods.contains(&Method::GET);
         method && (route.when.is_always() || self.fits(&route.when))
     }
@@ -121,7 +125,15 @@ pub fn route<'a>(site: &'a Site, asked: &Asked<'_>, path: &[u8]) -> &'a Arc<Rout
         Pattern::Prefix(prefix) => path.starts_with(prefix.as_bytes()),
         Pattern::Regex(regex) => regex.is_match(&text),
     };
-    site.ordered.iter().find(|route| takes(route) && fits(route)).unwrap_or(&site.default_route)
+    let mut all = site.ordered.iter().filter(|route| takes(route) && fits(route));
+    match all.next() {
+        None => &site.default_route,
+        // The preset does not close it; what the site says of it, it says by its own routes.
+        Some(exception) if exception.origin == Origin::Exception => {
+            all.find(|route| route.origin == Origin::Site).unwrap_or(exception)
+        }
+        Some(route) => route,
+    }
 }
 
 /// The path and the query that a `rewrite` leads to. As in Nginx the query stays as it is, one that the rewrite has goes before it, and a `?` at the end
@@ -176,6 +188,17 @@ pub enum Refusal {
     UndeclaredScript,
     /// A declared script on a route without an upstream.
     NoUpstream,
+}
+
+impl Refusal {
+    pub fn say(self) -> &'static str {
+        match self {
+            Refusal::Missing => "nothing is there",
+            Refusal::Dotfile => "a name in it begins with a dot",
+            Refusal::UndeclaredScript => "it looks like PHP, and `scripts` does not declare it",
+            Refusal::NoUpstream => "a script, and no upstream",
+        }
+    }
 }
 
 /// What answers a request.

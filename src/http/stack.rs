@@ -27,7 +27,7 @@ use super::{
         access, auth, cors, deadline,
         guards::{self, Passed},
         headers::Filled,
-        limits, real_ip,
+        limits, maintenance, real_ip,
         request_id::RequestId,
     },
     pace::Pace,
@@ -105,7 +105,7 @@ pub async fn serve(worker: Rc<Worker>, peer: Peer, request: Request<Incoming>) -
     drop(sites);
     let mut response = result.unwrap_or_else(|error| {
         finish.failed(&error);
-        tracing::debug!(id = record.id.as_str(), cause = error.kind.cause(), detail = error.detail, "answered by an error");
+        explain(&record, &error);
         let mut response = error.response::<Content>();
         if response.status() == StatusCode::METHOD_NOT_ALLOWED {
             response.headers_mut().entry(header::ALLOW).or_insert(HeaderValue::from_static(guards::ALLOW));
@@ -141,11 +141,16 @@ pub async fn serve(worker: Rc<Worker>, peer: Peer, request: Request<Incoming>) -
     if let Some(heads) = record.heads.borrow_mut().as_mut() {
         heads.response.clone_from(response.headers());
     }
-    if matches!(response.body(), Content::Empty) {
+    // hyper never asks for a body that is over from the beginning: a 304, a redirect, the answer to HEAD.
+    if response.body().is_over() {
         finish.whole();
     }
     let pace = record.pace.get().map(Pace::new);
     response.map(|content| Answer::new(content, pace, finish))
+}
+
+fn explain(record: &Record, error: &Error) {
+    tracing::debug!(id = record.id.as_str(), cause = error.kind.cause(), detail = error.detail, "answered by an error");
 }
 
 async fn answer(
@@ -198,6 +203,7 @@ async fn answer(
     };
     let query = query.as_deref();
     record.access_log.set(route.access_log);
+    record.way.borrow_mut().route = Some(route.clone());
     if route.access_log && worker.sinks.access.needs_heads() {
         *record.heads.borrow_mut() = Some(Box::new(heads(&asks, parts, &path)));
     }
@@ -212,6 +218,7 @@ async fn answer(
         Some(page) => {
             if let Err(error) = &result {
                 record.cause.set(Some(error.kind));
+                explain(record, error);
             }
             Ok(page)
         }
@@ -258,7 +265,16 @@ fn as_get(parts: &Parts) -> Parts {
 
 impl Asks<'_> {
     fn asked<'a>(&self, parts: &'a Parts, query: Option<&'a str>) -> Asked<'a> {
-        Asked { method: &parts.method, headers: &parts.headers, query, from: self.client.address, https: self.client.https }
+        // A browser's question is about the request that it would send.
+        let preflight = cors::is_preflight(parts).then(|| parts.headers.get(header::ACCESS_CONTROL_REQUEST_METHOD)).flatten();
+        Asked {
+            method: &parts.method,
+            preflight,
+            headers: &parts.headers,
+            query,
+            from: self.client.address,
+            https: self.client.https,
+        }
     }
 
     fn route(&self, parts: &Parts, path: &[u8], query: Option<&str>) -> &Arc<Route> {
@@ -278,17 +294,17 @@ impl Asks<'_> {
         query: Option<&str>,
         body: Incoming,
     ) -> Result<Response<Content>, Error> {
-        if let Some(maintenance) = &route.maintenance
-            && !self.asked(parts, query).fits_any(&maintenance.bypass)
-            && self.is_on(maintenance).await
-        {
-            let why = format!("route {} is in maintenance", route.path);
-            return Err(Error::new(Kind::Maintenance, why).come_again(maintenance.retry_after));
-        }
         // Before anything is done for a client that may not, or asks too often. What guards /admin guards /index.php/admin: to many front controllers that is the same.
         let behind = route::declared_script(self.site, path).map(|(_, info)| info).filter(|info| !info.is_empty());
         let behind = behind.map(|info| self.route(parts, info, query)).filter(|other| !Arc::ptr_eq(other, route));
         for (nth, guard) in std::iter::once(route).chain(behind).enumerate() {
+            if let Some(maintenance) = &guard.maintenance
+                && !self.asked(parts, query).fits_any(&maintenance.bypass)
+                && self.is_on(maintenance).await
+            {
+                let why = format!("{} is in maintenance", guard.at);
+                return Err(Error::new(Kind::Maintenance, why).come_again(maintenance.retry_after));
+            }
             access::check(&guard.access, self.client.address)?;
             // A browser asks without its user's name.
             if nth == 0 && route.cors.is_some() && cors::is_preflight(parts) {
@@ -320,8 +336,10 @@ impl Asks<'_> {
 
     /// Whether the file is there that turns a maintenance on, as of a second ago at most.
     async fn is_on(&self, maintenance: &Maintenance) -> bool {
-        let Some(file) = &maintenance.file else { return true };
-        self.worker.files.exists(Path::new("/"), &Symlinks::Follow, file.as_os_str().as_encoded_bytes()).await
+        match &maintenance.flag {
+            None => true,
+            Some(flag) => maintenance::is_on(flag, &self.worker.buffers.pool).await,
+        }
     }
 
     async fn is_known(&self, asked: &BasicAuth, parts: &Parts) -> Result<bool, Error> {
@@ -337,9 +355,12 @@ impl Asks<'_> {
     async fn follow(&self, parts: &Parts, mut response: Response<Content>) -> Result<Response<Content>, Error> {
         let accel::Told { redirect, limit_rate, charset } = accel::take(response.headers_mut())?;
         self.record.pace.set(limit_rate);
-        let mut response = match redirect {
-            None => response,
-            Some(redirect) => self.redirected(parts, redirect, response).await?,
+        let (mut response, charset) = match redirect {
+            None => (response, charset),
+            Some(redirect) => {
+                let (response, inner) = self.redirected(parts, redirect, response).await?;
+                (response, inner.or(charset))
+            }
         };
         if let Some(charset) = charset {
             accel::say_charset(&charset, response.headers_mut());
@@ -352,7 +373,7 @@ impl Asks<'_> {
         parts: &Parts,
         redirect: accel::Redirect,
         response: Response<Content>,
-    ) -> Result<Response<Content>, Error> {
+    ) -> Result<(Response<Content>, Option<String>), Error> {
         let accel::Redirect { path, query } = redirect;
         let php = response.into_parts().0;
         let parts = as_get(parts);
@@ -363,11 +384,16 @@ impl Asks<'_> {
             return Err(Error::new(Kind::Internal, why));
         }
         let mut response = self.by_route(route, &parts, &path, query.as_deref(), Some(Empty::<Bytes>::new())).await?;
-        if accel::take(response.headers_mut())?.redirect.is_some() {
+        // A script may have its own word.
+        let accel::Told { redirect: further, limit_rate, charset } = accel::take(response.headers_mut())?;
+        if limit_rate.is_some() {
+            self.record.pace.set(limit_rate);
+        }
+        if further.is_some() {
             return Err(Error::new(Kind::Internal, format!("X-Accel-Redirect leads to {shown}, which leads further")));
         }
         accel::keep(&php.headers, response.headers_mut());
-        Ok(response)
+        Ok((response, charset))
     }
 
     /// The page that the route has for this outcome. PHP's own pages, whatever their status, are PHP's.
@@ -414,11 +440,14 @@ impl Asks<'_> {
                 let body = may_run.then(Empty::<Bytes>::new);
                 match self.by_route(route, &parts, path.as_bytes(), None, body).await {
                     // An application's own page may say the status itself.
-                    Ok(response)
+                    Ok(mut response)
                         if (response.status().is_success() || response.status() == status)
                             && response.extensions().get::<Bare>().is_none()
                             && !accel::is_in(response.headers()) =>
                     {
+                        if let Ok(told) = accel::take(response.headers_mut()) {
+                            self.record.pace.set(told.limit_rate);
+                        }
                         response
                     }
                     other => {
@@ -488,7 +517,8 @@ impl Asks<'_> {
             (Target::Lookup(_), None) => return Err(Error::new(Kind::NotFound, "no root".to_owned())),
             (Target::Lookup(lookup), Some(root)) => {
                 let request = FileRequest { method: &parts.method, headers: &parts.headers, path, query };
-                let around = Around { root, symlinks: &site.symlinks, precompressed: &route.precompressed };
+                let around =
+                    Around { root, symlinks: &site.symlinks, precompressed: &route.precompressed, may_be_old: !route.internal };
                 let served = if elsewhere.is_empty() {
                     worker.files.serve(request, around, lookup).await?
                 } else {
@@ -498,6 +528,9 @@ impl Asks<'_> {
                     Served::Response(mut response) => {
                         if response.status().is_client_error() {
                             response.extensions_mut().insert(Bare);
+                            if response.status() == StatusCode::METHOD_NOT_ALLOWED {
+                                record.cause.set(Some(Kind::MethodNotAllowed));
+                            }
                         }
                         return Ok(response.map(Content::File));
                     }
@@ -508,7 +541,13 @@ impl Asks<'_> {
             }
         };
         let Some(body) = body else {
-            return Err(Error::new(Kind::Internal, "a script cannot be the page of 401, 403, 429 or a maintenance".to_owned()));
+            return Err(Error::new(
+                Kind::Internal,
+                format!(
+                    "there is no file {}, and no script may be the page of 401, 403, 429 or a maintenance",
+                    String::from_utf8_lossy(path)
+                ),
+            ));
         };
         let Script { name, path_info, query: script_query } = script;
         let Ok(path_info) = std::str::from_utf8(path_info) else {
@@ -610,5 +649,5 @@ async fn refused(worker: &Worker, site: &crate::model::Site, root: Option<&Path>
             "a script that is not declared was asked for"
         );
     }
-    Error::new(Kind::NotFound, format!("{why:?}"))
+    Error::new(Kind::NotFound, why.say())
 }

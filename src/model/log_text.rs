@@ -48,6 +48,8 @@ pub enum LogVariable {
     UpstreamAddr,
     UpstreamResponseTime,
     Upstream,
+    /// The route's path, as written.
+    Route,
     Set,
     QueueTime,
     Attempts,
@@ -65,6 +67,24 @@ pub enum LogVariable {
 }
 
 impl LogVariable {
+    /// Of our own making, or nothing.
+    pub fn is_number(&self) -> bool {
+        matches!(
+            self,
+            LogVariable::RemotePort
+                | LogVariable::ServerPort
+                | LogVariable::Msec
+                | LogVariable::Status
+                | LogVariable::BodyBytesSent
+                | LogVariable::RequestBytes
+                | LogVariable::RequestTime
+                | LogVariable::UpstreamResponseTime
+                | LogVariable::QueueTime
+                | LogVariable::Attempts
+                | LogVariable::Nothing
+        )
+    }
+
     pub fn needs_heads(&self) -> bool {
         matches!(
             self,
@@ -82,7 +102,7 @@ impl LogVariable {
 }
 
 /// Those without a part of their own.
-pub const NAMES: [(&str, LogVariable); 36] = [
+pub const NAMES: [(&str, LogVariable); 37] = [
     ("remote_addr", LogVariable::RemoteAddr),
     ("remote_port", LogVariable::RemotePort),
     ("remote_user", LogVariable::RemoteUser),
@@ -112,6 +132,7 @@ pub const NAMES: [(&str, LogVariable); 36] = [
     ("upstream_addr", LogVariable::UpstreamAddr),
     ("upstream_response_time", LogVariable::UpstreamResponseTime),
     ("upstream_name", LogVariable::Upstream),
+    ("route", LogVariable::Route),
     ("set", LogVariable::Set),
     ("queue_time", LogVariable::QueueTime),
     ("attempts", LogVariable::Attempts),

@@ -1,6 +1,13 @@
 //! What a route says beyond which file or script answers: whose requests it takes, who may, what is said instead, and which headers go along.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64},
+    },
+    time::{Duration, Instant},
+};
 
 use http::{HeaderName, HeaderValue, StatusCode};
 use ipnet::IpNet;
@@ -89,7 +96,7 @@ pub struct Cors {
 }
 
 /// 503 for all but a few, by the operator's word.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Maintenance {
     /// A static file of the site; `None`: a line of text.
     pub page: Option<String>,
@@ -98,7 +105,25 @@ pub struct Maintenance {
     /// For search engines and clients that come again by themselves; `None`: not told.
     pub retry_after: Option<Duration>,
     /// Only while this file exists; `None`: always.
-    pub file: Option<PathBuf>,
+    pub flag: Option<Flag>,
+}
+
+/// A file that says by being there, looked for once a second.
+#[derive(Debug)]
+pub struct Flag {
+    pub file: PathBuf,
+    /// Where the configuration has it, for the log.
+    pub at: String,
+    pub on: AtomicBool,
+    /// When it was looked for, in ms since the configuration was read; 0: never.
+    pub looked: AtomicU64,
+    pub since: Instant,
+}
+
+impl Flag {
+    pub fn new(file: PathBuf, at: String) -> Self {
+        Flag { file, at, on: AtomicBool::new(false), looked: AtomicU64::new(0), since: Instant::now() }
+    }
 }
 
 /// What a file beside another may hold: the same, compressed.

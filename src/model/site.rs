@@ -64,6 +64,9 @@ pub enum Symlinks {
 pub struct Route {
     /// As written; "" for a site's default.
     pub path: String,
+    /// Where it is written: "site.toml:12:1", "preset drupal:30:1".
+    pub at: String,
+    pub origin: Origin,
     pub pattern: Pattern,
     /// Empty: any.
     pub methods: Vec<http::Method>,
@@ -121,6 +124,16 @@ impl Route {
     pub fn error_page(&self, status: u16) -> Option<&ErrorPage> {
         self.error_pages.iter().find(|((from, to), _)| (*from..=*to).contains(&status)).map(|(_, page)| page)
     }
+}
+
+/// Who has written a route.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Origin {
+    #[default]
+    Site,
+    Preset,
+    /// A preset's exception from what it closes: it stands before the site's own routes, and gives way to them.
+    Exception,
 }
 
 #[derive(Debug)]

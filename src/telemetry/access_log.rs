@@ -32,6 +32,8 @@ pub struct Entry<'a> {
     pub time: SystemTime,
     pub id: &'a str,
     pub site: &'a str,
+    /// Its path as the configuration has it; "": the site's own keys.
+    pub route: &'a str,
     pub remote_addr: IpAddr,
     /// The name of HTTP basic auth.
     pub remote_user: &'a str,
@@ -210,6 +212,7 @@ fn json(out: &mut Vec<u8>, clock: &mut Clock, entry: &Entry<'_>) {
     out.push(b'"');
     json_text(out, "id", entry.id);
     json_text(out, "site", entry.site);
+    json_text(out, "route", entry.route);
     // Writing to a Vec cannot fail.
     let _ = write!(out, ",\"remote_addr\":\"{}\"", entry.remote_addr);
     json_text(out, "remote_user", entry.remote_user);
@@ -292,28 +295,30 @@ fn json_seconds(out: &mut Vec<u8>, key: &str, value: Option<Duration>) {
 
 const HEX: &[u8; 16] = b"0123456789abcdef";
 
-/// RFC 8259, section 7. DEL and the C1 controls need no escape there, but terminals act on them.
+/// RFC 8259, section 7. DEL, the C1 controls and the two line separators need no escape there, but terminals and JavaScript act on them.
 fn json_escape(out: &mut Vec<u8>, text: &str) {
-    let bytes = text.as_bytes();
-    let mut done = 0;
-    for (at, &byte) in bytes.iter().enumerate() {
-        if byte >= 0x20 && byte != b'"' && byte != b'\\' && byte != 0x7f {
+    let is_plain = |byte: u8| byte >= 0x20 && byte != b'"' && byte != b'\\' && byte != 0x7f;
+    let mut plain = 0;
+    for (at, c) in text.char_indices() {
+        let is_fine = if c.is_ascii() { is_plain(c as u8) } else { !matches!(c, '\u{80}'..='\u{9f}' | '\u{2028}' | '\u{2029}') };
+        if is_fine {
             continue;
         }
-        out.extend_from_slice(&bytes[done..at]);
-        done = at + 1;
-        match byte {
-            b'"' | b'\\' => out.extend_from_slice(&[b'\\', byte]),
-            b'\n' => out.extend_from_slice(b"\\n"),
-            b'\r' => out.extend_from_slice(b"\\r"),
-            b'\t' => out.extend_from_slice(b"\\t"),
-            _ => {
-                let (high, low) = (HEX[usize::from(byte >> 4)], HEX[usize::from(byte & 15)]);
-                out.extend_from_slice(&[b'\\', b'u', b'0', b'0', high, low]);
+        out.extend_from_slice(&text.as_bytes()[plain..at]);
+        plain = at + c.len_utf8();
+        match c {
+            '"' | '\\' => out.extend_from_slice(&[b'\\', c as u8]),
+            '\n' => out.extend_from_slice(b"\\n"),
+            '\r' => out.extend_from_slice(b"\\r"),
+            '\t' => out.extend_from_slice(b"\\t"),
+            c => {
+                let code = u32::from(c);
+                let digit = |shift: u32| HEX[usize::try_from(code >> shift & 15).unwrap_or_default()];
+                out.extend_from_slice(&[b'\\', b'u', digit(12), digit(8), digit(4), digit(0)]);
             }
         }
     }
-    out.extend_from_slice(&bytes[done..]);
+    out.extend_from_slice(&text.as_bytes()[plain..]);
 }
 
 struct JsonEscape<'a>(&'a mut Vec<u8>);

@@ -181,6 +181,7 @@ impl<'a> Reader<'a> {
             let table = if self.path.is_empty() { "at the top of the file".into() } else { format!("in `{}`", self.path) };
             let help = nearest(key, self.asked.iter().chain(later).copied())
                 .map(|near| format!("did you mean `{near}`?"))
+                .or_else(|| from_nginx(key))
                 .or_else(|| home(key, self.section));
             self.report.problem(entry.at, format!("unknown key `{key}` {table}"), help);
         }
@@ -193,6 +194,41 @@ impl<'a> Reader<'a> {
 
 fn keys_of(all: &'static [(&'static str, &'static [&'static str])], section: &str) -> &'static [&'static str] {
     all.iter().find(|(name, _)| *name == section).map_or(&[], |(_, keys)| keys)
+}
+
+/// What somebody writes who has written Nginx's files for years (docs/from-nginx.md).
+fn from_nginx(key: &str) -> Option<String> {
+    const KNOWN: [(&str, &str); 28] = [
+        ("location", "[[site.route]] with `path`"),
+        ("server", "[[site]] with `hosts`"),
+        ("server_name", "`hosts` of a [[site]]"),
+        ("return", "`redirect` or `respond` of a route"),
+        ("if", "`when` of a route"),
+        ("map", "routes with `when`"),
+        ("add_header", "`headers.add`, `set` or `default`"),
+        ("alias", "a link below `root`, or another [[site]]"),
+        ("autoindex", "nothing: folders are not listed"),
+        ("gzip_static", "`precompressed = [\"gzip\"]`"),
+        ("brotli_static", "`precompressed = [\"br\"]`"),
+        ("proxy_pass", "nothing: there is PHP-FPM behind, and files"),
+        ("fastcgi_pass", "`endpoints` of [upstream.NAME.set.SET], and `upstream` of the site"),
+        ("fastcgi_param", "`params`"),
+        ("fastcgi_read_timeout", "`read_timeout`"),
+        ("fastcgi_index", "nothing: `index` and `scripts` say it"),
+        ("fastcgi_split_path_info", "nothing: it is so by itself"),
+        ("fastcgi_buffering", "nothing; `X-Accel-Buffering: no` in PHP's answer"),
+        ("client_max_body_size", "`body_limit`"),
+        ("log_format", "`log.access`"),
+        ("error_log", "`log.level`"),
+        ("set_real_ip_from", "`listen.trusted_proxies`"),
+        ("real_ip_header", "`listen.trusted_proxies`"),
+        ("auth_basic", "`basic_auth`"),
+        ("auth_basic_user_file", "`file` of `basic_auth`"),
+        ("limit_req", "`limit`"),
+        ("limit_conn", "`limit` with `concurrent`"),
+        ("worker_processes", "`workers`"),
+    ];
+    KNOWN.iter().find(|(theirs, _)| *theirs == key).map(|(_, ours)| format!("Nginx's `{key}` is {ours}"))
 }
 
 /// A key that is right, but in the wrong table: TOML gives every key to the last header above it.

@@ -15,7 +15,7 @@ use super::{
 use crate::model::{
     Route,
     rules::{Access, Action, BasicAuth, Coding, Cors, ErrorPages, Expires, HeaderEdits, Limit, Maintenance, When},
-    site::{Files, Pattern},
+    site::{Files, Origin, Pattern},
     text::{Part, Text, parts},
 };
 
@@ -175,9 +175,11 @@ impl Keys {
         t.report.problem(at, format!("upstream `{name}` has no lane {lane:?}"), Some(help));
     }
 
-    pub fn route(&self, path: String, pattern: Pattern, methods: Vec<Method>, when: When) -> Route {
+    pub fn route(&self, path: String, at: String, pattern: Pattern, methods: Vec<Method>, when: When) -> Route {
         Route {
             path,
+            at,
+            origin: Origin::Site,
             pattern,
             methods,
             when,
@@ -222,24 +224,29 @@ pub struct Routes {
 }
 
 impl Routes {
-    /// Those of a preset come after the site's own; but up to its last refusal before them, or a prefix of the site would open by the way what the preset closes. An
-    /// exact path of the site comes before all that.
+    /// Those of a preset come after the site's own; but up to its last refusal before them, or a prefix of the site would open by the way what the preset closes. The
+    /// exceptions among them give way to the site's own. An exact path of the site comes before all that.
     pub fn extend(&mut self, preset: Routes, site: &Route) {
         // Only the site's own exact paths go first.
         let exact = preset.exact.into_values().flatten().filter_map(|route| Arc::into_inner(route)?.into_expression());
-        let mut ordered: Vec<Arc<Route>> = exact.map(Arc::new).collect();
+        let mut ordered: Vec<Route> = exact.collect();
         ordered.sort_by(|a, b| a.path.cmp(&b.path));
-        ordered.extend(preset.ordered);
+        ordered.extend(preset.ordered.into_iter().filter_map(Arc::into_inner));
         let closed = ordered.iter().rposition(|route| route.closes(site)).map_or(0, |last| last + 1);
+        for (nth, route) in ordered.iter_mut().enumerate() {
+            let is_exception = nth < closed && !route.closes(site);
+            route.origin = if is_exception { Origin::Exception } else { Origin::Preset };
+        }
         let open = ordered.split_off(closed);
-        self.ordered.splice(0..0, ordered);
-        self.ordered.extend(open);
+        self.ordered.splice(0..0, ordered.into_iter().map(Arc::new));
+        self.ordered.extend(open.into_iter().map(Arc::new));
     }
 }
 
 pub fn read(t: &mut Reader<'_>, site: &Keys, around: &Around<'_>, tried: &mut Vec<Tried>) -> Routes {
     let mut routes = Routes::default();
     let mut seen: HashMap<String, Vec<(Vec<Method>, Place)>> = HashMap::new();
+    let mut prefixes: Vec<(String, Vec<Method>, Place)> = Vec::new();
     for mut route in t.sections("route", "route") {
         let path = match route.ask("path") {
             Some(value) => pattern(&value),
@@ -250,6 +257,11 @@ pub fn read(t: &mut Reader<'_>, site: &Keys, around: &Around<'_>, tried: &mut Ve
             }
         };
         let (methods, when) = rules::when(route.section("when", "when"));
+        if when.scheme.is_some() && !around.has_trusted {
+            let message =
+                "`when.scheme` is always \"http\": `listen.trusted_proxies` is empty, so that nobody's X-Forwarded-Proto counts";
+            route.report.warn(route.place("when"), message);
+        }
         let captures = path.as_ref().map_or_else(Vec::new, |(_, pattern)| captures(pattern));
         let keys = Keys::read(&mut route, site, around, &captures, tried);
         if let Some((path, pattern)) = path {
@@ -263,11 +275,25 @@ pub fn read(t: &mut Reader<'_>, site: &Keys, around: &Around<'_>, tried: &mut Ve
                 );
                 route.report.warn(route.place("path"), message);
             }
+            // Nginx takes the longest prefix; here the first in the file.
+            else if let Pattern::Prefix(prefix) = &pattern
+                && let Some((_, _, first)) = prefixes.iter().find(|(short, old, _)| prefix.starts_with(short) && covers(old))
+            {
+                let message = format!(
+                    "the route `{path}` is never reached: the one at {}, whose prefix is shorter, takes all its requests; write this one before it",
+                    route.report.place(*first)
+                );
+                route.report.warn(route.place("path"), message);
+            }
             if when.is_always() {
                 earlier.push((methods.clone(), route.place("path")));
+                if let Pattern::Prefix(prefix) = &pattern {
+                    prefixes.push((prefix.clone(), methods.clone(), route.place("path")));
+                }
             }
             let is_exact = matches!(pattern, Pattern::Exact(_));
-            let made = Arc::new(keys.route(path.clone(), pattern, methods, when));
+            let at = route.report.place(route.at);
+            let made = Arc::new(keys.route(path.clone(), at, pattern, methods, when));
             match is_exact {
                 true => routes.exact.entry(path).or_default().push(made),
                 false => routes.ordered.push(made),
@@ -281,6 +307,16 @@ pub fn read(t: &mut Reader<'_>, site: &Keys, around: &Around<'_>, tried: &mut Ve
 fn pattern(v: &Value<'_>) -> Option<(String, Pattern)> {
     let text = v.text()?;
     if let Some(expression) = text.strip_prefix('~') {
+        let plain = expression.trim_start();
+        if expression.starts_with(' ') {
+            return v.refuse(
+                format!("{text:?} has a space behind its ~, which belongs to the expression"),
+                format!("write '~{plain}'"),
+            );
+        }
+        if let Some(inner) = expression.strip_prefix('/').and_then(|inner| inner.strip_suffix("/i")) {
+            return v.refuse(format!("{text:?} is written between slashes"), format!("write '~(?i){inner}'"));
+        }
         return match Regex::new(expression) {
             Ok(regex) => Some((text.to_owned(), Pattern::Regex(regex))),
             Err(error) => {
@@ -295,6 +331,14 @@ fn pattern(v: &Value<'_>) -> Option<(String, Pattern)> {
     if !text.starts_with('/') {
         let help = match text {
             "" | "*" => "write \"/*\" for every path".to_owned(),
+            _ if text.starts_with("^~") => {
+                format!("write \"{}*\", and before it in the file what is to go first", text[2..].trim())
+            }
+            _ if text.starts_with('=') => format!("write \"{}\": a path without * is exact", text[1..].trim()),
+            _ if text.starts_with('@') => "there are no named locations: write the script in `try_files` or `script`".to_owned(),
+            _ if text.starts_with('!') => {
+                "there is no \"not\": write the route for what matches before the one for all others".to_owned()
+            }
             _ if text.starts_with("*.") => format!("for an ending write '~\\.{}$'", regex::escape(&text[2..])),
             _ => format!("write \"/{text}\", or '~…' for an expression"),
         };
@@ -360,6 +404,12 @@ fn upstream(v: &Value<'_>, around: &Around<'_>) -> Option<Option<Arc<str>>> {
 
 /// The last item is special, as in Nginx: it answers without being looked for, and may have a query or be `=CODE`.
 fn try_files(v: &Value<'_>, captures: &[String]) -> Option<Vec<String>> {
+    if let Kind::Text(text) = &v.node.kind
+        && text.contains(' ')
+    {
+        let items: Vec<&str> = text.split_ascii_whitespace().collect();
+        return v.refuse(format!("{text:?} is a string, not a list"), format!("write {items:?}"));
+    }
     let Kind::List(items) = &v.node.kind else { return v.list(Value::text).map(|_| Vec::new()) };
     if items.is_empty() {
         return v.refuse("the list is empty", "write [\"$uri\", \"$uri/\", \"/index.php\"], or leave the key out");
@@ -390,11 +440,26 @@ fn try_file(v: &Value<'_>, text: &str, is_last: bool, captures: &[String]) -> bo
     let (path, query) = text.split_at(text.find('?').unwrap_or(text.len()));
     let in_path = parts(path);
     if !text.starts_with('/') && !in_path.first().is_some_and(names_file) {
-        return wrong("does not begin with $uri or a slash", &format!("write \"/{}\"", text.trim_start_matches('$')));
+        let help = match text {
+            _ if text.starts_with("$document_root") || text.starts_with("$request_filename") => {
+                "write \"$uri\": files are looked for below `root`".to_owned()
+            }
+            _ if text.bytes().all(|b| b.is_ascii_digit()) => format!("write \"={text}\" for that status"),
+            _ => format!("write \"/{}\"", text.trim_start_matches('$')),
+        };
+        return wrong("does not begin with $uri or a slash", &help);
     }
     let is_looked_for = !is_last || in_path.iter().any(names_file);
     if is_looked_for {
         let is_plain = |part: &Part<'_>| matches!(part, Part::Literal(_)) || names_file(part);
+        let no_group = in_path.iter().find_map(|part| match part {
+            Part::Name(name) if !captures.iter().any(|known| known == name) => name.parse::<u32>().ok(),
+            _ => None,
+        });
+        if let Some(number) = no_group {
+            let help = "groups are those of the route's own path, written as '~^/old/(.*)$'";
+            return wrong(&format!("has ${number}, and the path has no group of that number"), help);
+        }
         return match in_path.iter().all(is_plain) {
             false => {
                 wrong("has a variable other than $uri", "a file is named by $uri, groups of the route's path as $1, and plain text")

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::model::{
     rules::{
-        Action, BasicAuth, Coding, Cors, ErrorPage, ErrorPages, Expires, HeaderEdits, Kept, Limit, Maintenance, Rate, Scheme,
+        Action, BasicAuth, Coding, Cors, ErrorPage, ErrorPages, Expires, Flag, HeaderEdits, Kept, Limit, Maintenance, Rate, Scheme,
         Wanted, When,
     },
     text::Text,
@@ -203,6 +203,9 @@ fn origin(v: &Value<'_>) -> Option<String> {
     let host = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
     let help = match host {
         _ if matches!(text, "*" | "null") => return Some(text.to_owned()),
+        _ if text.contains(['$', '~', '^', '(']) => {
+            "origins are named one by one: no variables, no expressions; \"*\" is any".to_owned()
+        }
         None => format!("write it with its scheme, as in \"https://{text}\", or \"*\" for any"),
         Some("") => "write its host, as in \"https://app.example.com\"".to_owned(),
         Some(host) if host.contains(['/', '?', '#', '@', '*', ' ']) => {
@@ -245,7 +248,12 @@ pub fn maintenance(v: &Value<'_>) -> Option<Option<Arc<Maintenance>>> {
         return if word == "off" { Some(None) } else { v.refuse(format!("{word:?} is not known"), HELP) };
     }
     let mut t = v.reader("maintenance")?;
-    let page = t.read("page", None, |v| v.url_path_or_none());
+    let page = t.read("page", None, |v| match v.url_path_or_none()? {
+        Some(page) if page.ends_with(".php") => {
+            v.refuse(format!("{page:?} is a script"), "write the path of a static file: PHP is not asked in a maintenance")
+        }
+        page => Some(page),
+    });
     let bypass = When {
         headers: t.read("header", Vec::new(), |v| one_or_more(v, header_match)),
         cookies: t.read("cookie", Vec::new(), |v| one_or_more(v, cookie_match)),
@@ -253,9 +261,10 @@ pub fn maintenance(v: &Value<'_>) -> Option<Option<Arc<Maintenance>>> {
         ..When::default()
     };
     let retry_after = t.read("retry_after", None, |v| v.duration().map(Some));
-    let file = t.read("file", None, |v| v.folder()).map(PathBuf::from);
+    let at = t.report.place(t.place("file"));
+    let flag = t.read("file", None, |v| v.folder()).map(|file| Flag::new(PathBuf::from(file), at));
     t.finish();
-    Some(Some(Arc::new(Maintenance { page, bypass, retry_after, file })))
+    Some(Some(Arc::new(Maintenance { page, bypass, retry_after, flag })))
 }
 
 /// In the server's order of preference.
@@ -349,6 +358,13 @@ pub fn error_pages(v: &Value<'_>, above: &ErrorPages) -> Option<ErrorPages> {
             }
             _ => value.refuse(format!("{text:?} is no page"), "write the path of a page of this site, or a URL for a redirect"),
         });
+        if let (Some((from, to)), Some(ErrorPage::Path(path))) = (range, &page)
+            && path.ends_with(".php")
+            && [401, 403, 429].iter().any(|code| (from..=to).contains(code))
+        {
+            // It would see what was asked for, and might show it.
+            v.report.warn(at, format!("`{}`: a script is never the page of 401, 403 or 429: they show a line of text", v.path));
+        }
         all.extend(range.zip(page));
     }
     all.extend(above.iter().cloned());

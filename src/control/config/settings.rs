@@ -181,7 +181,16 @@ fn log(mut t: Reader<'_>) -> Log {
             if v.text()?.contains('$') {
                 return texts::log_text(v).map(|text| AccessFormat::Custom(Arc::new(text)));
             }
-            v.one_of(&[("json", AccessFormat::Json), ("combined", AccessFormat::Combined), ("off", AccessFormat::Off)])
+            match v.text()? {
+                "json" => Some(AccessFormat::Json),
+                "combined" => Some(AccessFormat::Combined),
+                "off" => Some(AccessFormat::Off),
+                text if text.starts_with('/') => v.refuse(format!("{text:?} is a path"), "write it in `access_file`"),
+                text => v.refuse(
+                    format!("{text:?} is not known"),
+                    "write \"json\", \"combined\", \"off\", or the text of a log_format: '$remote_addr \"$request\" $status'",
+                ),
+            }
         }),
         access_sample: t.read("access_sample", 100, Value::percent),
         access_file: t.read("access_file", "stdout".to_owned(), |v| {

@@ -25,6 +25,8 @@ pub struct Around<'a> {
     pub upstreams: &'a Upstreams,
     pub drain: &'a Drain,
     pub presets: &'a Presets,
+    /// A trusted proxy may say that its client came by https.
+    pub has_trusted: bool,
 }
 
 pub fn read(top: &mut Reader<'_>, around: &Around<'_>, folders: &mut Vec<Folder>) -> SiteTable {
@@ -126,7 +128,7 @@ fn read_site(mut t: Reader<'_>, around: &Around<'_>, taken: &mut Hosts, folders:
     let own = Own::read(&mut t, own);
     let keys = Keys::read(&mut t, &keys, around, &[], &mut tried);
     let mut routes = routes::read(&mut t, &keys, around, &mut tried);
-    let default_route = Arc::new(keys.route(String::new(), Pattern::Any, Vec::new(), When::default()));
+    let default_route = Arc::new(keys.route(String::new(), t.report.place(t.at), Pattern::Any, Vec::new(), When::default()));
     let preset = preset_reader.map(|(name, mut reader)| {
         routes.extend(routes::read(&mut reader, &keys, around, &mut tried), &default_route);
         presets::finish(reader);
@@ -220,6 +222,9 @@ pub fn host(v: &Value<'_>) -> Option<String> {
 }
 
 fn script(v: &Value<'_>) -> Option<ScriptPattern> {
+    if v.text()?.starts_with('~') {
+        return v.refuse("scripts are no expressions", "write exact paths, or \"/*.php\" for those of one folder");
+    }
     let text = v.url_path()?;
     if text.ends_with('/') {
         return v.refuse(format!("{text:?} is a folder"), format!("write \"{text}*.php\" for the scripts in it"));

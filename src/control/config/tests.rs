@@ -184,7 +184,7 @@ fn each_error_of_the_process_wide_tables_has_its_place_and_says_what_is_right() 
         ),
         (
             "log.access = \"common\"",
-            "1:14: `log.access`: \"common\" is not known\n  help: write \"json\" or \"combined\" or \"off\"",
+            "1:14: `log.access`: \"common\" is not known\n  help: write \"json\", \"combined\", \"off\", or the text of a log_format: '$remote_addr \"$request\" $status'",
         ),
         (
             "log.access_file = \"log\"",
@@ -435,6 +435,15 @@ fn each_error_of_sites_and_routes_has_its_place_and_says_what_is_right() {
         (route("headers = { set = { \"X A\" = \"1\" } }"), "7:29: `site.route.headers.set.X A`: \"X A\" cannot be a header's name\n  help: a name is of letters, digits and `-`".into()),
         (route("headers = { remove = [\"Content-Length\"] }"), "7:23: `site.route.headers.remove`: content-length belongs to the message itself\n  help: it follows from the body and the connection".into()),
         (route("headers = { set = { A = \"1\\n2\" } }"), "7:25: `site.route.headers.set.A`: has a line break or another control character\n  help: write it in one line".into()),
+        ("[[site.route]]\npath = '~ \\.css$'".into(), "6:8: `site.route.path`: \"~ \\\\.css$\" has a space behind its ~, which belongs to the expression\n  help: write '~\\.css$'".into()),
+        ("[[site.route]]\npath = '~/\\.css$/i'".into(), "6:8: `site.route.path`: \"~/\\\\.css$/i\" is written between slashes\n  help: write '~(?i)\\.css$'".into()),
+        ("[[site.route]]\npath = \"^~ /x/\"".into(), "6:8: `site.route.path`: \"^~ /x/\" does not begin with a slash\n  help: write \"/x/*\", and before it in the file what is to go first".into()),
+        ("location = 1".into(), "5:1: unknown key `location` in `site`\n  help: Nginx's `location` is [[site.route]] with `path`".into()),
+        ("scripts = ['~\\.php$']".into(), "5:12: `site.scripts`: scripts are no expressions\n  help: write exact paths, or \"/*.php\" for those of one folder".into()),
+        (route("try_files = \"$uri /index.php\""), "7:13: `site.route.try_files`: \"$uri /index.php\" is a string, not a list\n  help: write [\"$uri\", \"/index.php\"]".into()),
+        (route("try_files = [\"$request_filename\", \"404\"]"), "7:14: `site.route.try_files`: \"$request_filename\" does not begin with $uri or a slash\n  help: write \"$uri\": files are looked for below `root`\n7:35: `site.route.try_files`: \"404\" does not begin with $uri or a slash\n  help: write \"=404\" for that status".into()),
+        (route("try_files = [\"/a/$2\", \"=404\"]"), "7:14: `site.route.try_files`: \"/a/$2\" has $2, and the path has no group of that number\n  help: groups are those of the route's own path, written as '~^/old/(.*)$'".into()),
+        (route("maintenance = { page = \"/m.php\" }"), "7:24: `site.route.maintenance.page`: \"/m.php\" is a script\n  help: write the path of a static file: PHP is not asked in a maintenance".into()),
         (route("expires = \"30d for_ever\""), "7:11: `site.route.expires`: \"for_ever\" is not known\n  help: write \"30d\", or \"30d public immutable\"".into()),
         (route("cors = {}"), "7:8: `site.route.cors`: `origins` is missing or empty\n  help: write { origins = [\"https://app.example.com\"] }, or \"off\"".into()),
         (route("cors = { origins = [\"app.example.com\"] }"), "7:21: `site.route.cors.origins`: \"app.example.com\" is no origin\n  help: write it with its scheme, as in \"https://app.example.com\", or \"*\" for any".into()),
@@ -659,10 +668,14 @@ fn warnings_name_their_place() {
         good(text).warnings.iter().map(|w| w.replace("s.toml:", "")).filter(|w| !w.contains("(60s) is longer")).collect::<Vec<_>>()
     };
     assert_eq!(
-        good(&site("")).warnings,
+        good(&top("drain.margin = \"2s\"")).warnings,
         [
-            "s.toml:1:10: `upstream.php.read_timeout` (60s) is longer than the 18s that `drain` leaves a request (grace - lame_duck - margin): what takes longer is cut when the proxy stops"
+            "s.toml:2:10: `upstream.php.read_timeout` (60s) is longer than the 18s that `drain` leaves a request (grace - lame_duck - margin): what takes longer is cut when the proxy stops"
         ]
+    );
+    assert_eq!(
+        warned(&site("error_page = { \"400-404\" = \"/e.php\" }")),
+        ["5:16: `site.error_page`: a script is never the page of 401, 403 or 429: they show a line of text"]
     );
     assert_eq!(good(&top("drain.grace = \"72s\"")).warnings, [""; 0]);
     assert_eq!(
@@ -695,6 +708,19 @@ fn warnings_name_their_place() {
         )),
         ["8:8: the route `/x` is never reached: the one at 6:8 takes all its requests"]
     );
+    assert_eq!(
+        warned(&site("[[site.route]]\npath = \"/a/*\"\n[[site.route]]\npath = \"/a/b/*\"\n[[site.route]]\npath = \"/a/c\"")),
+        [
+            "8:8: the route `/a/b/*` is never reached: the one at 6:8, whose prefix is shorter, takes all its requests; write this one before it"
+        ]
+    );
+    assert_eq!(
+        warned(&site(
+            "[[site.route]]\npath = \"/*\"\nwhen = { scheme = \"http\" }\nredirect = { to = \"https://$host$request_uri\" }"
+        )),
+        ["7:8: `when.scheme` is always \"http\": `listen.trusted_proxies` is empty, so that nobody's X-Forwarded-Proto counts"]
+    );
+    assert_eq!(good(&site("")).warnings.iter().filter(|warning| warning.contains("read_timeout")).count(), 0, "nobody's mistake");
 }
 
 #[test]
@@ -1040,7 +1066,10 @@ fn with(section: &str, key: &str, value: &str) -> String {
 
 /// What is in force, without the line that names file and hash, and those that say which preset it is from.
 fn in_force(text: &str) -> String {
-    let expanded = expand(&good(text));
+    body(&expand(&good(text)))
+}
+
+fn body(expanded: &str) -> String {
     let kept = |line: &&str| !line.starts_with("# |") && !line.starts_with("# preset = ");
     expanded.lines().skip(1).filter(kept).fold(String::new(), |all, line| all + line + "\n")
 }
@@ -1213,7 +1242,6 @@ proptest! {
                     let expanded = expand(&config);
                     let again = try_parse(&expanded).map_err(|all| TestCaseError::fail(format!("{expanded}\n{}", shown(&all))))?;
                     let again = expand(&again);
-                    let body = |text: &str| text.lines().skip(1).map(str::to_owned).collect::<Vec<_>>();
                     prop_assert_eq!(body(&again), body(&expanded));
                 }
                 Err(all) => for problem in all {

@@ -21,6 +21,21 @@ pub fn log_text(v: &Value<'_>) -> Option<LogText> {
         return v.refuse("has a line break or another control character", "write it in one line");
     }
     let pieces = pieces(v, source, |name| log_variable(v, name))?;
+    if source.starts_with('{') {
+        let mut in_quotes = false;
+        for piece in &pieces {
+            match piece {
+                Piece::Literal(literal) => in_quotes ^= literal.matches('"').count() % 2 == 1,
+                Piece::Variable(variable) if !in_quotes && !variable.is_number() => {
+                    return v.refuse(
+                        "has a variable outside of quotes that is no number",
+                        "write it as in '{\"uri\":\"$request_uri\"}'",
+                    );
+                }
+                Piece::Variable(_) => {}
+            }
+        }
+    }
     let needs_heads = pieces.iter().any(|piece| matches!(piece, Piece::Variable(variable) if variable.needs_heads()));
     Some(LogText { source: source.to_owned(), pieces, is_json: source.starts_with('{'), needs_heads })
 }
@@ -84,6 +99,9 @@ fn variable(v: &Value<'_>, name: &str, captures: &[String]) -> Option<Variable> 
     }
     if let Some(header) = name.strip_prefix("http_").and_then(header) {
         return Some(Variable::Header(header));
+    }
+    if ["document_root", "request_filename", "realpath_root"].contains(&name) {
+        return v.refuse(format!("there is no variable ${name}"), "files are looked for below `root`, as $uri");
     }
     let known = NAMES.iter().map(|(name, _)| *name).chain(captures.iter().map(String::as_str));
     let help = match nearest(name, known) {

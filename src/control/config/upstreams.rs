@@ -26,9 +26,9 @@ const DAY: u32 = 86_400;
 pub type Upstreams = BTreeMap<Arc<str>, UpstreamConfig>;
 
 /// `clustered`: there is a `[kubernetes]`.
-pub fn read(top: &mut Reader<'_>, drain: &Drain, clustered: bool, folders: &mut Vec<Folder>) -> Upstreams {
+pub fn read(top: &mut Reader<'_>, drain: &Drain, has_drain: bool, clustered: bool, folders: &mut Vec<Folder>) -> Upstreams {
     let mut all = Upstreams::new();
-    let mut told = Told { workers: HashMap::new(), clustered };
+    let mut told = Told { workers: HashMap::new(), clustered, has_drain };
     for (name, reader) in top.named("upstream", "upstream") {
         all.insert(Arc::from(name), upstream(name, reader, drain, &mut told, folders));
     }
@@ -40,6 +40,8 @@ struct Told {
     /// What each address was said to hold, by whom: an endpoint of two upstreams is one endpoint with one capacity.
     workers: HashMap<Address, (u32, String)>,
     clustered: bool,
+    /// [drain] is written.
+    has_drain: bool,
 }
 
 fn upstream(name: &str, mut t: Reader<'_>, drain: &Drain, told: &mut Told, folders: &mut Vec<Folder>) -> UpstreamConfig {
@@ -59,7 +61,10 @@ fn upstream(name: &str, mut t: Reader<'_>, drain: &Drain, told: &mut Told, folde
         lanes: lanes(name, &mut t),
         assets_fallback: t.read("assets_fallback", false, Value::boolean),
     };
-    warn_of_cuts(&t, &format!("upstream.{name}.read_timeout"), policy.read_timeout, drain);
+    // Two defaults are nobody's mistake; docs/drain.md says what they come to.
+    if t.has("read_timeout") || told.has_drain {
+        warn_of_cuts(&t, &format!("upstream.{name}.read_timeout"), policy.read_timeout, drain);
+    }
 
     let sets: Vec<SetConfig> =
         t.named("set", "set").into_iter().map(|(set, reader)| read_set(name, set, reader, &policy, told, folders)).collect();

@@ -68,6 +68,8 @@ pub(super) struct Small {
     pub path: Vec<u8>,
     pub coding: Option<Coding>,
     pub contents: Bytes,
+    /// It was written so shortly before it was read that the next change may have the same time.
+    pub is_racy: bool,
 }
 
 #[derive(Clone, Debug)]

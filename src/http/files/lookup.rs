@@ -9,6 +9,7 @@ use std::{
         unix::{ffi::OsStrExt, fs::MetadataExt},
     },
     path::{Path, PathBuf},
+    time::{SystemTime, UNIX_EPOCH},
 };
 
 use rustix::{
@@ -37,6 +38,12 @@ pub(super) struct Identity {
 }
 
 impl Identity {
+    /// Whether another change could have the same times: file systems keep them by the tick, some by the second. As git has it for its index.
+    pub fn is_racy(&self, now: SystemTime) -> bool {
+        let now = now.duration_since(UNIX_EPOCH).map_or(0, |now| i64::try_from(now.as_secs()).unwrap_or(i64::MAX));
+        self.changed.0 >= now.saturating_sub(2)
+    }
+
     fn of(metadata: &fs::Metadata) -> Self {
         Identity {
             device: metadata.dev(),

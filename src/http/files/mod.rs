@@ -71,6 +71,8 @@ pub struct Around<'a> {
     pub symlinks: &'a Symlinks,
     /// Codings that may lie beside a file.
     pub precompressed: &'a [Coding],
+    /// What was so a second ago is good enough. Not for a file that PHP has perhaps just written for this one client.
+    pub may_be_old: bool,
 }
 
 /// What of the request matters to a file.
@@ -121,7 +123,12 @@ impl Files {
         let Around { root, symlinks, .. } = around;
         let question = Question { root, symlinks, codings: &wanted.codings, steps: &steps };
         let internal = |error: std::io::Error| Error::new(Kind::Internal, format!("a static file: {error}"));
-        let answer = match self.stats.get(&question) {
+        let known = match self.stats.get(&question) {
+            Ok(Known::File(file)) if !around.may_be_old => Err(Some(file)),
+            Ok(_) if !around.may_be_old => Err(None),
+            known => known,
+        };
+        let answer = match known {
             Ok(Known::File(file)) => Answer::Response(respond_from(&file, &wanted).map_err(internal)?),
             Ok(Known::Redirect) => Answer::Redirect,
             Ok(Known::Script(name)) => Answer::Script(name),
@@ -234,12 +241,13 @@ fn look(
             }
             return Ok((Answer::Response(response), None));
         }
-        let unchanged = old.as_ref().filter(|old| old.identity == identity && old.path == path && old.coding == coding);
+        let unchanged =
+            old.as_ref().filter(|old| old.identity == identity && old.path == path && old.coding == coding && !old.is_racy);
         let small = match unchanged {
             Some(old) => old.clone(),
             None => match body::read_segments(Contents::File(&file), vec![Segment::File { offset: 0, len: identity.size }]) {
                 Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => continue,
-                read => Arc::new(Small { identity, path, coding, contents: read? }),
+                read => Arc::new(Small { is_racy: identity.is_racy(SystemTime::now()), identity, path, coding, contents: read? }),
             },
         };
         return Ok((Answer::Response(respond_from(&small, wanted)?), Some(Known::File(small))));

@@ -50,7 +50,7 @@ impl Rig {
         let headers: HeaderMap = headers.iter().map(|(name, value)| (name.clone(), value.parse().unwrap())).collect();
         let request = FileRequest { method: &method, headers: &headers, path: b"/dir\\x", query: Some("q=1") };
         let lookup = Lookup { steps, otherwise: Otherwise::NotFound };
-        let around = Around { root: &self.root(), symlinks, precompressed: &self.precompressed };
+        let around = Around { root: &self.root(), symlinks, precompressed: &self.precompressed, may_be_old: true };
         self.worker.block_on(self.files.serve(request, around, lookup))
     }
 

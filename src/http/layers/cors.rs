@@ -5,7 +5,7 @@ use std::{
     future::{Ready, ready},
 };
 
-use http::{HeaderMap, Method, Request, Response, header, request::Parts};
+use http::{HeaderMap, HeaderName, Method, Request, Response, header, request::Parts};
 use tower::{Layer, ServiceExt, service_fn};
 
 use crate::{http::answer::Content, model::rules::Cors};
@@ -24,6 +24,13 @@ pub async fn told(cors: &Cors, parts: &Parts, is_preflight: bool, response: Resp
         *request.method_mut() = Method::OPTIONS;
     }
     *request.headers_mut() = asked(&parts.headers);
+    // What PHP says of it: it might let in who is not named, or with credentials.
+    let mut response = response;
+    let theirs: Vec<HeaderName> =
+        response.headers().keys().filter(|name| name.as_str().starts_with("access-control-")).cloned().collect();
+    for name in theirs {
+        response.headers_mut().remove(name);
+    }
     let mut response = Some(response);
     let inner = service_fn(move |_: Request<()>| -> Ready<Result<Response<Content>, Infallible>> {
         ready(Ok(response.take().unwrap_or_default()))

@@ -8,5 +8,6 @@ pub mod deadline;
 pub mod guards;
 pub mod headers;
 pub mod limits;
+pub mod maintenance;
 pub mod real_ip;
 pub mod request_id;

@@ -1,6 +1,5 @@
 use std::collections::HashMap;
 
-use http::HeaderValue;
 use proptest::prelude::*;
 use regex::Regex;
 
@@ -8,12 +7,14 @@ use super::*;
 use crate::model::site::{PhpRoot, Symlinks};
 
 fn asked<'a>(method: &'a Method, headers: &'a HeaderMap) -> Asked<'a> {
-    Asked { method, headers, query: None, from: [192, 0, 2, 1].into(), https: false }
+    Asked { method, headers, preflight: None, query: None, from: [192, 0, 2, 1].into(), https: false }
 }
 
 pub(in crate::http) fn a_route(path: &str, pattern: Pattern) -> Route {
     Route {
         path: path.into(),
+        at: "test".into(),
+        origin: Default::default(),
         pattern,
         methods: Vec::new(),
         when: When::default(),
@@ -83,7 +84,7 @@ fn a_route_may_ask_for_headers_cookies_and_addresses() {
         for (name, value) in headers {
             map.append(HeaderName::try_from(*name).unwrap(), HeaderValue::from_str(value).unwrap());
         }
-        let asked = Asked { method: &Method::GET, headers: &map, query, from: from.into(), https: false };
+        let asked = Asked { method: &Method::GET, headers: &map, preflight: None, query, from: from.into(), https: false };
         route(&site, &asked, b"/x").path.clone()
     };
     let chosen = |headers: &[(&str, &str)], from: [u8; 4]| chosen_with(headers, from, None);

@@ -19,6 +19,8 @@ pub(super) fn line(out: &mut Vec<u8>, clock: &mut Clock, text: &LogText, entry: 
                 value.clear();
                 put(&mut value, clock, variable, entry);
                 match (text.is_json, value.is_empty()) {
+                    // Outside of quotes nothing would be no JSON.
+                    (true, true) if out.last() != Some(&b'"') => out.extend_from_slice(b"null"),
                     (true, _) => json_escape(out, &String::from_utf8_lossy(&value)),
                     (false, true) => out.push(b'-'),
                     (false, false) => combined_escape(out, &value),
@@ -78,6 +80,7 @@ fn put(out: &mut Vec<u8>, clock: &mut Clock, variable: &LogVariable, entry: &Ent
         LogVariable::RequestId => out.extend_from_slice(entry.id.as_bytes()),
         LogVariable::UpstreamAddr => entry.endpoint.iter().for_each(|endpoint| drop(write!(out, "{endpoint}"))),
         LogVariable::UpstreamResponseTime => seconds(out, entry.upstream_duration),
+        LogVariable::Route => out.extend_from_slice(entry.route.as_bytes()),
         LogVariable::Upstream => out.extend_from_slice(entry.upstream.as_bytes()),
         LogVariable::Set => out.extend_from_slice(entry.set.as_bytes()),
         LogVariable::QueueTime => seconds(out, entry.queue_duration),

@@ -12,6 +12,7 @@ fn entry() -> Entry<'static> {
         time: UNIX_EPOCH + Duration::from_millis(1_793_622_896_007),
         id: "abc",
         site: "example.com",
+        route: "/a*",
         remote_addr: IpAddr::V4(Ipv4Addr::new(192, 0, 2, 7)),
         remote_user: "",
         method: "GET",
@@ -67,7 +68,7 @@ fn json_has_every_field() {
     let line = json_line(&Entry { endpoint: Some(&endpoint), ..entry() });
     let value: serde_json::Value = serde_json::from_str(&line).unwrap();
     let want = serde_json::json!({
-        "time": "2026-11-02T12:34:56.007Z", "id": "abc", "site": "example.com", "remote_addr": "192.0.2.7", "remote_user": null,
+        "time": "2026-11-02T12:34:56.007Z", "id": "abc", "site": "example.com", "route": "/a*", "remote_addr": "192.0.2.7", "remote_user": null,
         "method": "GET", "path": "/a", "query": "b=1", "protocol": "HTTP/1.1", "status": 200, "bytes_sent": 1234,
         "request_bytes": 0, "seconds": 1.002003, "upstream": "php", "set": "blue",
         "endpoint": "unix:/run/\"php\".sock", "upstream_seconds": 0.005, "queue_seconds": null, "attempts": 1,
@@ -156,4 +157,22 @@ proptest! {
         prop_assert!(line.trim_end_matches('\n').bytes().all(|byte| (0x20..0x7f).contains(&byte)));
         prop_assert_eq!(line.matches('"').count(), 6);
     }
+}
+
+#[test]
+fn what_terminals_act_on_is_escaped() {
+    let mut out = Vec::new();
+    json_escape(&mut out, "a\u{85}\u{9b}\u{2028}\u{e9}\u{7f}\"\\\n\u{1}");
+    assert_eq!(String::from_utf8(out).unwrap(), "a\\u0085\\u009b\\u2028\u{e9}\\u007f\\\"\\\\\\n\\u0001");
+}
+
+#[test]
+fn a_part_of_what_went_well_is_logged_and_all_that_did_not() {
+    let format = Format { access: AccessFormat::Json, sample: 25 };
+    let well = (0..4000).filter(|_| format.takes(&entry())).count();
+    assert!((700..1300).contains(&well), "{well} of 4000");
+    assert!(
+        (0..100)
+            .all(|_| format.takes(&Entry { status: 404, ..entry() }) && format.takes(&Entry { cause: "client_left", ..entry() }))
+    );
 }
