@@ -51,6 +51,7 @@ fn request(c: &mut Criterion) {
         server_addr: (Ipv4Addr::new(10, 0, 0, 5), 8080).into(),
         server_port: 443,
         https: true,
+        remote_user: "",
         request_id: "0190163d8694739b",
         extra: &[],
         script: Script {
