@@ -436,6 +436,10 @@ async fn a_file_that_php_names_is_sent_and_no_other() {
             "{query}"
         );
     }
+    // Each with its reason, at the level that is on.
+    for why in ["whose route is not internal", "is no path", "which leads further"] {
+        proxy.wait_for_log(why, Duration::from_secs(20)).await;
+    }
     assert_eq!(get(&proxy, "/private/a%20b.pdf", &[]).await.status, 404);
 }
 

@@ -150,7 +150,13 @@ pub async fn serve(worker: Rc<Worker>, peer: Peer, request: Request<Incoming>) -
 }
 
 fn explain(record: &Record, error: &Error) {
-    tracing::debug!(id = record.id.as_str(), cause = error.kind.cause(), detail = error.detail, "answered by an error");
+    let (id, cause, detail) = (record.id.as_str(), error.kind.cause(), &error.detail);
+    // The configuration's fault, or the application's, and nobody else would say so.
+    if error.kind == Kind::Internal {
+        tracing::warn!(id, path = record.uri.path(), cause, detail, "answered by an error");
+    } else {
+        tracing::debug!(id, cause, detail, "answered by an error");
+    }
 }
 
 async fn answer(

@@ -39,7 +39,7 @@ $wgCacheDirectory = '{shared}/cache';
 $wgMainCacheType = CACHE_DB;
 $wgFavicon = '/resources/assets/mediawiki.png';
 $wgVerifyMimeType = true;
-$wgJobRunRate = 1;
+$wgVisualEditorShowBetaWelcome = false;
 wfLoadExtensions( [ 'WikiEditor', 'VisualEditor', 'ParserFunctions', 'MultimediaViewer' ] );
 """
 
