@@ -140,8 +140,7 @@ pub fn run(path: &Path) -> Result<u8, String> {
     });
 
     // Bound before anything runs: an address in use ends the start with one line.
-    let listeners =
-        settings.listen.http.iter().map(|a| listener::bind(*a)).collect::<io::Result<Vec<_>>>().map_err(|e| e.to_string())?;
+    let listeners = settings.listen.addresses().map(listener::bind).collect::<io::Result<Vec<_>>>().map_err(|e| e.to_string())?;
     let ops = settings.listen.ops.map(listener::bind).transpose().map_err(|e| format!("listen.ops: {e}"))?;
     let admin = bind_admin(&settings.listen.admin)?;
 
@@ -184,7 +183,7 @@ pub fn run(path: &Path) -> Result<u8, String> {
 
     let listening = Listening {
         commands: command_sender.clone(),
-        current: settings.listen.http.iter().copied().collect(),
+        current: settings.listen.addresses().collect(),
         prepared: listeners,
         log: log.clone(),
         access: access.clone(),
@@ -236,9 +235,10 @@ async fn control_plane(
     }
     listening.commit(&settings);
     tracing::info!(
-        http = ?settings.listen.http, ops = settings.listen.ops.map_or_else(|| "off".to_owned(), |ops| ops.to_string()), workers = control.workers.len(),
+        http = ?settings.listen.http, https = ?settings.listen.https, ops = settings.listen.ops.map_or_else(|| "off".to_owned(), |ops| ops.to_string()), workers = control.workers.len(),
         milliseconds = began.elapsed().as_millis() as u64, "listening"
     );
+    tokio::task::spawn_local(watch_certificates(control.clone()));
     if settings.reload == crate::model::settings::ReloadMode::Watch {
         tokio::task::spawn_local(watch_files(control.clone(), path.clone(), config.files.clone()));
     }
@@ -301,22 +301,49 @@ fn warm(snapshot: &Snapshot, upstream: &str, set: &SetConfig, preflight: &Prefli
     preflight::question(&snapshot.sites, upstream, set, preflight)
 }
 
-/// `reload = "watch"`: looks at the files' identity, time and size; a ConfigMap changes them by a renamed link.
-async fn watch_files(control: Arc<Control>, path: PathBuf, mut files: Vec<PathBuf>) {
+/// What a file is, as far as it can be told without reading it; a ConfigMap or Secret changes it by a renamed link.
+type Looks = Vec<Option<(u64, u64, i64, i64, u64)>>;
+
+fn look(files: &[PathBuf]) -> Looks {
     use std::os::unix::fs::MetadataExt;
+    files.iter().map(|f| std::fs::metadata(f).map(|m| (m.dev(), m.ino(), m.mtime(), m.mtime_nsec(), m.len())).ok()).collect()
+}
+
+/// `reload = "watch"`.
+async fn watch_files(control: Arc<Control>, path: PathBuf, mut files: Vec<PathBuf>) {
     if !files.contains(&path) {
         files.push(path);
     }
-    let look = || -> Vec<_> {
-        files.iter().map(|f| std::fs::metadata(f).map(|m| (m.dev(), m.ino(), m.mtime(), m.mtime_nsec(), m.len())).ok()).collect()
-    };
-    let mut before = look();
+    let mut before = look(&files);
     loop {
         tokio::time::sleep(WATCH_EVERY).await;
-        let now = look();
+        let now = look(&files);
         if now != before {
             before = now;
             let _ = control.changes.send(Change::Reload { by: "watch", answer: None }).await;
+        }
+    }
+}
+
+/// Certificates, keys and ticket keys, in either mode: whoever renews them does not know of this process.
+async fn watch_certificates(control: Arc<Control>) {
+    let files = || -> Vec<PathBuf> {
+        let settings = control.store.load().settings.clone();
+        let certificates = settings.certificates.iter().flat_map(|files| [files.certificate.clone(), files.key.clone()]);
+        certificates.chain(settings.listen.tls_ticket_keys.iter().cloned()).collect()
+    };
+    let mut before = (files(), look(&files()));
+    loop {
+        tokio::time::sleep(WATCH_EVERY).await;
+        let files = files();
+        let now = (files.clone(), look(&files));
+        if now != before {
+            // A reload that names other files has read them.
+            let is_renewed = now.0 == before.0;
+            before = now;
+            if is_renewed {
+                let _ = control.changes.send(Change::Certificates).await;
+            }
         }
     }
 }
@@ -382,10 +409,12 @@ async fn worker(
 
     let serve = Rc::new(move |stream, peer: Peer, permit: Permit| {
         let (worker, shared, shard) = (worker.clone(), shared.clone(), shard.clone());
-        let service = tower::service_fn(move |request| {
-            let answered = stack::serve(worker.clone(), peer, request);
-            async move { Ok::<_, std::convert::Infallible>(answered.await) }
-        });
+        let service = move |peer: Peer| {
+            tower::service_fn(move |request| {
+                let answered = stack::serve(worker.clone(), peer, request);
+                async move { Ok::<_, std::convert::Infallible>(answered.await) }
+            })
+        };
         tokio::task::spawn_local(async move {
             shard.connection_opened();
             connection::serve(shared, stream, peer, service).await;
@@ -449,7 +478,7 @@ impl Listeners for Listening {
     }
 
     fn commit(&mut self, settings: &Settings) {
-        let keep: Vec<SocketAddr> = settings.listen.http.clone();
+        let keep: Vec<SocketAddr> = settings.listen.addresses().collect();
         self.current = keep.iter().copied().collect();
         let add = std::mem::take(&mut self.prepared);
         for command in [Command::Caps(caps(settings)), Command::Listen { keep, add }] {
@@ -480,6 +509,7 @@ fn caps(settings: &Settings) -> Caps {
         connections: listen.max_connections.unwrap_or_else(connections_by_descriptors),
         per_address: listen.max_connections_per_address,
         trusted: listen.trusted_proxies.clone(),
+        tls: listen.https.clone(),
     }
 }
 

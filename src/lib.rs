@@ -1,7 +1,8 @@
 //! Slackwater: an edge proxy for PHP-FPM. The way of a request through the files:
 //!
-//! A connection is accepted by [`edge::listener`], which hands it to the worker that has the fewest. [`edge::sniff`] tells HTTP/1 from
-//! HTTP/2 by the first bytes, [`edge::connection`] drives hyper under the deadlines that [`edge::io`] and [`edge::stall`] keep (HTTP/2
+//! A connection is accepted by [`edge::listener`], which hands it to the worker that has the fewest. A PROXY header ([`edge::proxy_protocol`]) and
+//! TLS (whose files [`control::tls`] has read) come first where they are asked for; ALPN or [`edge::sniff`], by the first bytes, tells HTTP/1 from
+//! HTTP/2, [`edge::connection`] drives hyper under the deadlines that [`edge::io`] and [`edge::stall`] keep (HTTP/2
 //! streams each under its own: [`edge::streams`]), and calls the service.
 //!
 //! [`http::stack`] is that service and reads from top to bottom: request id, guards, real client, site, path, route

@@ -9,10 +9,14 @@ use std::{
     fmt, fs,
     path::{Path, PathBuf},
     sync::Arc,
+    time::SystemTime,
 };
 
 use crate::{
-    control::template::{self, Why},
+    control::{
+        template::{self, Why},
+        tls,
+    },
     model::{
         Settings, Site, SiteTable,
         upstream::{Policy, SetConfig},
@@ -164,6 +168,13 @@ pub fn load(path: &Path, env: &dyn Fn(&str) -> Option<String>) -> Result<Config,
     };
     let (mut config, folders) = parse_all(Source { file: path.to_owned(), text }, include, env)?;
 
+    let mut settings = (*config.settings).clone();
+    settings.tls = tls::load(&settings)?;
+    if let Some(tls) = &settings.tls {
+        config.warnings.extend(tls::warnings(tls, SystemTime::now()));
+    }
+    config.settings = Arc::new(settings);
+
     // What is on disk is only worth a warning: `check` may run where the release is not.
     for Folder { place, key, path, .. } in &folders {
         if !path.is_dir() {
@@ -254,6 +265,7 @@ fn parse_all(
         drain: &settings.drain,
         presets: &presets,
         has_trusted: !settings.listen.trusted_proxies.is_empty(),
+        has_tls: !settings.listen.https.is_empty(),
     };
     let sites = sites::read(&mut top, &around, &mut folders);
     top.finish();

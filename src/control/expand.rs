@@ -21,6 +21,7 @@ use crate::model::{
     settings::{AccessFormat, Buffer, Drain, Listen, Log, LogFormat, ReloadMode},
     site::{Files, Origin, Pattern, PhpRoot, Symlinks},
     text::Text,
+    tls::CertificateFiles,
     upstream::{Balance, Ping, Port, ServicePort, SetConfig},
 };
 
@@ -39,6 +40,12 @@ pub fn expand(config: &Config) -> String {
     );
     out.key("state", path_or_empty(settings.state.as_deref()));
     listen(&mut out, &settings.listen);
+    for CertificateFiles { hosts, certificate, key, .. } in &settings.certificates {
+        out.table("[[tls]]");
+        out.key("hosts", list(hosts));
+        out.key("certificate", quote(certificate.display()));
+        out.key("key", quote(key.display()));
+    }
     buffer(&mut out, &settings.buffer);
     log(&mut out, &settings.log);
     drain(&mut out, &settings.drain);
@@ -84,6 +91,9 @@ impl Out {
 fn listen(out: &mut Out, listen: &Listen) {
     out.table("[listen]");
     out.key("http", list(&listen.http));
+    out.key("https", list(&listen.https));
+    out.key("proxy_protocol", quote(if listen.proxy_protocol { "required" } else { "off" }));
+    out.key("tls_ticket_keys", list(listen.tls_ticket_keys.iter().map(|path| path.display())));
     out.key("ops", listen.ops.map_or_else(|| quote("off"), quote));
     out.key("ops_allow", list(&listen.ops_allow));
     out.key("admin", quote(listen.admin.display()));
@@ -259,6 +269,7 @@ fn site(out: &mut Out, config: &Config, site: &Arc<Site>) {
             Symlinks::Folders(folders) => list(folders.iter().map(|folder| folder.display())),
         },
     );
+    out.key("https_only", site.https_only);
     route_keys(out, config, &site.default_route);
     for each in in_match_order(site) {
         route(out, config, each);

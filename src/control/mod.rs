@@ -36,6 +36,8 @@ pub mod status;
 pub mod switch;
 pub mod template;
 pub mod terminate;
+pub mod tickets;
+pub mod tls;
 
 /// Receipts of the last swaps and drains, for `/status`.
 const RECEIPTS: usize = 32;

@@ -20,6 +20,7 @@ use super::{
     slices::AllFound,
     state::State,
     switch::Switch,
+    tls,
 };
 use crate::{
     lifecycle::{Phase, drain::CutRequest},
@@ -50,6 +51,8 @@ pub enum Change {
         by: &'static str,
         answer: Option<oneshot::Sender<ReloadOutcome>>,
     },
+    /// Files of certificates have changed.
+    Certificates,
     Swap(SwapOrder, oneshot::Sender<Result<Swap, String>>),
     Endpoint {
         upstream: String,
@@ -216,6 +219,7 @@ impl Reconciler {
                 }
                 Change::Discovered(known) => self.discovered(known),
                 Change::Peers(served) => self.peers = Peers::Told(served),
+                Change::Certificates => self.renew(),
                 Change::Remember => self.remember(),
                 Change::Probed => self.probed.set(false),
             }
@@ -308,7 +312,7 @@ impl Reconciler {
         }
         let config = config::load(&self.path, &|name| std::env::var(name).ok())
             .map_err(|problems| problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))?;
-        if config.hash == self.config.hash {
+        if config.hash == self.config.hash && config.settings.tls == self.config.settings.tls {
             return Ok(false);
         }
         needs_restart(&self.config.settings, &config.settings)?;
@@ -319,7 +323,8 @@ impl Reconciler {
         self.found.extend(self.find(&config));
         let next = self.build(&config, &switch)?;
         // Nothing is torn down before its successor stands.
-        self.listeners.prepare(&config.settings.listen.http).map_err(|e| e.to_string())?;
+        let wanted: Vec<SocketAddr> = config.settings.listen.addresses().collect();
+        self.listeners.prepare(&wanted).map_err(|e| e.to_string())?;
         self.listeners.apply(&config.settings)?;
         self.switch = switch;
         let old = std::mem::replace(&mut self.config, config);
@@ -328,6 +333,37 @@ impl Reconciler {
         self.listeners.commit(&self.config.settings);
         self.control.told().warnings = self.config.warnings.clone();
         Ok(true)
+    }
+
+    /// The files of certificates and ticket keys, anew: new connections are served with them, open ones keep what they have.
+    fn renew(&mut self) {
+        let loaded = match tls::load(&self.config.settings) {
+            Ok(loaded) => loaded,
+            Err(problems) => {
+                let reason = problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
+                tracing::error!(reason, "the certificates cannot be used; those before them go on");
+                self.control.metrics.reload("refused");
+                return;
+            }
+        };
+        if loaded == self.config.settings.tls {
+            return;
+        }
+        for warning in loaded.iter().flat_map(|tls| tls::warnings(tls, SystemTime::now())) {
+            tracing::warn!("{warning}");
+        }
+        let mut settings = (*self.config.settings).clone();
+        settings.tls = loaded;
+        self.config.settings = Arc::new(settings);
+        let switch = self.switch.clone();
+        match self.build(&self.config, &switch) {
+            Ok(next) => {
+                self.put_in_force(next, "certificates", FILE_TURN_BUDGET);
+                self.control.metrics.reload("applied");
+                tracing::info!("the certificates have been read anew");
+            }
+            Err(reason) => tracing::error!(reason, "the certificates cannot be put in force"),
+        }
     }
 
     /// Upstreams that the file has no more stay while a request may hold a route to them.

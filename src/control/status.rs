@@ -1,8 +1,10 @@
 //! `/status` as one JSON object (DESIGN.md, section 6), and the gauges of `/metrics`. Query strings are never in it.
 
+use std::time::{SystemTime, UNIX_EPOCH};
+
 use serde_json::{Map, Value, json};
 
-use super::{Control, replicas::Place};
+use super::{Control, replicas::Place, tls};
 use crate::{
     telemetry::metrics::{Gauges, SetGauge, UpstreamGauge},
     upstream::{Endpoint, Set, dispatch::now_ms, lanes::Lanes, shares},
@@ -78,6 +80,7 @@ pub fn status(control: &Control) -> Value {
         .chain(not_asked)
         .chain(told.cluster.iter().cloned())
         .chain(told.unsaved.clone())
+        .chain(snapshot.settings.tls.iter().flat_map(|tls| tls::warnings(tls, SystemTime::now())))
         .chain(told.warnings.iter().cloned())
         .collect();
     json!({
@@ -191,7 +194,10 @@ pub fn gauges(control: &Control, memory: u64, disk: u64, access_log_lost: u64) -
             }
         })
         .collect();
+    let expiry = |at: SystemTime| at.duration_since(UNIX_EPOCH).map_or(0, |at| at.as_secs());
+    let certificates = snapshot.settings.tls.iter().flat_map(|tls| &tls.certificates);
     Gauges {
+        certificates: certificates.map(|known| (known.file.display().to_string(), expiry(known.not_after))).collect(),
         access_log_lost,
         phase: control.phase.get().name(),
         generation: snapshot.generation,

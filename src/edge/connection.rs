@@ -17,10 +17,12 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::{body::Incoming, server::conn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{io::AsyncWriteExt, net::TcpStream, time::Instant};
+use tokio_rustls::TlsAcceptor;
 use tower::Service;
 
 use super::{
-    io::{Io, Progress, Stage},
+    io::{Io, Progress, Stage, Stream},
+    proxy_protocol,
     registry::Registry,
     sniff::{self, Protocol},
     stall::Stall,
@@ -55,8 +57,8 @@ pub struct Shared {
     pub refused: Refused,
 }
 
-/// Serves one accepted connection to its end.
-pub async fn serve<S, B>(context: Rc<Shared>, stream: TcpStream, peer: Peer, service: S)
+/// Serves one accepted connection to its end. `service` is told who the peer is, once a PROXY header has said so.
+pub async fn serve<S, B>(context: Rc<Shared>, stream: TcpStream, peer: Peer, service: impl FnOnce(Peer) -> S)
 where
     S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Clone + 'static,
     S::Future: 'static,
@@ -66,9 +68,34 @@ where
     let settings = (context.settings)();
     let progress = Progress::new(settings.listen.max_uri_bytes);
     let _entry = context.registry.add(progress.clone());
+    let opened = {
+        // Before the first byte of HTTP a client has no more time than for a head.
+        if peer.tls || settings.listen.proxy_protocol {
+            progress.enter(Stage::Head);
+        }
+        let opening = open(stream, peer, &settings);
+        tokio::pin!(opening);
+        under_deadlines(&context, &settings, &progress, |cx| opening.as_mut().poll(cx)).await
+    };
+    let (stream, peer) = match opened {
+        Ok(Ok(opened)) => opened,
+        Ok(Err(error)) => return tracing::debug!(peer = %peer.remote, %error, "a connection ended before it was one"),
+        Err(end) => return tracing::debug!(peer = %peer.remote, ?end, "a connection ended before it was one"),
+    };
+    progress.enter(Stage::Idle);
+    let chosen = match &stream {
+        Stream::Plain(_) => None,
+        Stream::Tls(tls) => {
+            tls.get_ref().1.alpn_protocol().map(|name| if name == b"h2" { Protocol::Http2 } else { Protocol::Http1 })
+        }
+    };
+    let service = service(peer);
     let mut io = Io::new(stream, progress.clone());
 
-    let sniffed = {
+    // Where TLS has agreed on a protocol there is nothing to find out.
+    let sniffed = if let Some(protocol) = chosen {
+        Ok(Ok(Some(protocol)))
+    } else {
         let sniffing = sniff::sniff(&mut io);
         tokio::pin!(sniffing);
         // An idle client that has sent nothing yet has idle_timeout; one that has begun, header_timeout.
@@ -179,6 +206,25 @@ where
             }
         }
     }
+}
+
+/// What stands before HTTP: a PROXY header, TLS.
+async fn open(mut stream: TcpStream, mut peer: Peer, settings: &Settings) -> std::io::Result<(Stream, Peer)> {
+    if settings.listen.proxy_protocol {
+        let from = peer.remote.ip().to_canonical();
+        if !settings.listen.trusted_proxies.iter().any(|net| net.contains(&from)) {
+            return Err(std::io::Error::other("proxy_protocol is required, and this peer is no trusted proxy"));
+        }
+        if let Some((remote, local)) = proxy_protocol::read(&mut stream).await? {
+            peer = Peer { remote, local, ..peer };
+        }
+    }
+    if !peer.tls {
+        return Ok((Stream::Plain(stream), peer));
+    }
+    let Some(tls) = &settings.tls else { return Err(std::io::Error::other("there is no certificate")) };
+    let stream = TlsAcceptor::from(tls.server.clone()).accept(stream).await?;
+    Ok((Stream::Tls(Box::new(stream)), peer))
 }
 
 /// Why a connection ends before its peer or hyper wants it to.

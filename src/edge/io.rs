@@ -16,6 +16,7 @@ use tokio::{
     net::TcpStream,
     time::{Instant, Sleep},
 };
+use tokio_rustls::server::TlsStream;
 
 use std::rc::Rc;
 
@@ -129,9 +130,41 @@ impl Progress {
     }
 }
 
+/// What a client speaks through.
+#[derive(Debug)]
+pub enum Stream {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+impl Stream {
+    fn tcp(&self) -> &TcpStream {
+        match self {
+            Stream::Plain(tcp) => tcp,
+            Stream::Tls(tls) => tls.get_ref().0,
+        }
+    }
+}
+
+/// Calls the same method of either.
+macro_rules! either {
+    ($stream:expr, $inner:ident => $call:expr) => {
+        match $stream {
+            Stream::Plain($inner) => {
+                let $inner = Pin::new($inner);
+                $call
+            }
+            Stream::Tls($inner) => {
+                let $inner = Pin::new(&mut **$inner);
+                $call
+            }
+        }
+    };
+}
+
 #[derive(Debug)]
 pub struct Io {
-    stream: TcpStream,
+    stream: Stream,
     /// Read while finding out the protocol.
     prefix: Bytes,
     progress: Rc<Progress>,
@@ -147,7 +180,7 @@ struct Lingering {
 }
 
 impl Io {
-    pub fn new(stream: TcpStream, progress: Rc<Progress>) -> Self {
+    pub fn new(stream: Stream, progress: Rc<Progress>) -> Self {
         Io { stream, prefix: Bytes::new(), progress, lingering: None }
     }
 
@@ -166,7 +199,7 @@ impl Io {
         let mut scratch = [0u8; 8 * 1024];
         while !lingering.over {
             let mut buf = ReadBuf::new(&mut scratch);
-            match Pin::new(&mut self.stream).poll_read(cx, &mut buf) {
+            match either!(&mut self.stream, inner => inner.poll_read(cx, &mut buf)) {
                 Poll::Ready(Ok(())) if !buf.filled().is_empty() => {
                     lingering.discarded += buf.filled().len();
                     lingering.over = lingering.discarded > LINGER_BYTES;
@@ -176,7 +209,7 @@ impl Io {
                 Poll::Pending => lingering.over = true,
             }
         }
-        while self.progress.leaving.get() && unacked(&self.stream) > 0 {
+        while self.progress.leaving.get() && unacked(self.stream.tcp()) > 0 {
             // The kernel does not say when; a connection that is cut ends this.
             if lingering.timeout.is_elapsed() || lingering.timeout.deadline() > Instant::now() + ASK_EVERY {
                 lingering.timeout.as_mut().reset(Instant::now() + ASK_EVERY);
@@ -200,7 +233,7 @@ impl AsyncRead for Io {
             // Seen by `received` when it came.
             return Poll::Ready(Ok(()));
         }
-        ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
+        ready!(either!(&mut self.stream, inner => inner.poll_read(cx, buf)))?;
         self.progress.received(&buf.filled()[before..]);
         if self.progress.line_too_long.get() {
             return Poll::Ready(Err(io::Error::other("request line too long")));
@@ -211,13 +244,13 @@ impl AsyncRead for Io {
 
 impl AsyncWrite for Io {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let result = Pin::new(&mut self.stream).poll_write(cx, buf);
+        let result = either!(&mut self.stream, inner => inner.poll_write(cx, buf));
         self.progress.sent(buf.len(), &result);
         result
     }
 
     fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
-        let result = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
+        let result = either!(&mut self.stream, inner => inner.poll_write_vectored(cx, bufs));
         self.progress.sent(bufs.iter().map(|b| b.len()).sum(), &result);
         result
     }
@@ -227,11 +260,11 @@ impl AsyncWrite for Io {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+        either!(&mut self.stream, inner => inner.poll_flush(cx))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        ready!(Pin::new(&mut self.stream).poll_shutdown(cx))?;
+        ready!(either!(&mut self.stream, inner => inner.poll_shutdown(cx)))?;
         if self.progress.linger.get() || self.progress.leaving.get() {
             ready!(self.poll_linger(cx));
         }

@@ -69,6 +69,8 @@ pub struct Caps {
     pub per_address: Option<usize>,
     /// Exempt from `per_address`.
     pub trusted: Vec<IpNet>,
+    /// Whose connections speak TLS. Read for each connection, so that an address may turn without being closed.
+    pub tls: Vec<SocketAddr>,
 }
 
 /// Connections by worker and by address.
@@ -220,7 +222,7 @@ impl Acceptor {
 
     async fn on_accept(&self, accepted: io::Result<(TcpStream, SocketAddr)>, address: SocketAddr) {
         match accepted {
-            Ok((stream, remote)) => self.hand_over(stream, remote).await,
+            Ok((stream, remote)) => self.hand_over(stream, remote, address).await,
             Err(error) if is_of_one_connection(&error) => {}
             Err(error) => {
                 tracing::error!(%address, %error, "accept failed; trying again");
@@ -229,14 +231,14 @@ impl Acceptor {
         }
     }
 
-    async fn hand_over(&self, stream: TcpStream, remote: SocketAddr) {
+    async fn hand_over(&self, stream: TcpStream, remote: SocketAddr, address: SocketAddr) {
         let Some(permit) = self.counts.take(remote.ip().to_canonical(), &self.caps.borrow()) else {
             tracing::info!(peer = %remote, "max_connections_per_address reached; connection closed");
             return;
         };
         let Ok(local) = stream.local_addr() else { return };
         let _ = stream.set_nodelay(true);
-        let peer = Peer { remote, local };
+        let peer = Peer { remote, local, tls: self.caps.borrow().tls.contains(&address) };
         match &self.sink {
             Sink::Here(take) => take(stream, peer, permit),
             Sink::Workers(workers) => {

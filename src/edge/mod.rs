@@ -3,6 +3,7 @@
 pub mod connection;
 pub mod io;
 pub mod listener;
+pub mod proxy_protocol;
 pub mod registry;
 pub mod sniff;
 pub mod stall;

@@ -52,6 +52,9 @@ use crate::{
 /// A resolved `php_root = "realpath"` is believed for so long.
 const REAL_PATH_AGE: Duration = Duration::from_secs(1);
 
+/// What a certificate authority asks for by http (RFC 8555, section 8.3).
+const ACME: &[u8] = b"/.well-known/acme-challenge/";
+
 /// As many as Nginx allows in one request.
 const MAX_REWRITES: usize = 10;
 
@@ -180,13 +183,16 @@ async fn answer(
         Passed::Request { host } => host,
     };
     // Before the site is chosen: a trusted proxy may tell another host.
-    let client = real_ip::client(peer, false, &parts.headers, &host, &settings.listen.trusted_proxies);
+    let client = real_ip::client(peer, peer.tls, &parts.headers, &host, &settings.listen.trusted_proxies);
     let site = route::site(sites, &client.host)
         .ok_or_else(|| Error::new(Kind::NoSite, format!("no site for host {:?}", client.host)))?
         .clone();
     record.way.borrow_mut().site = Some(site.name.clone());
     // Once, and before routing: routes, files and scripts see the same path.
     let mut path = route::normalize(parts.uri.path()).map_err(|kind| Error::new(kind, "the path cannot be used".to_owned()))?;
+    if site.https_only && !client.https && !path.starts_with(ACME) {
+        return Ok(to_https(parts, &client.host));
+    }
     let mut query = parts.uri.query().map(Cow::Borrowed);
     let asks = Asks { worker, settings, site: &site, peer, client: &client, record };
     let mut rewrites = 0;
@@ -240,6 +246,18 @@ struct Asks<'a> {
     peer: &'a Peer,
     client: &'a ClientInfo,
     record: &'a Rc<Record>,
+}
+
+/// The same by https. A method other than GET stays what it is (RFC 9110, section 15.4.9).
+fn to_https(parts: &Parts, host: &str) -> Response<Content> {
+    let is_get = matches!(parts.method, Method::GET | Method::HEAD);
+    let mut response = status(if is_get { StatusCode::MOVED_PERMANENTLY } else { StatusCode::PERMANENT_REDIRECT }, &[]);
+    // The port was that of http.
+    let target = parts.uri.path_and_query().map_or("/", |target| target.as_str());
+    if let Ok(location) = HeaderValue::from_str(&format!("https://{}{target}", host_alone(host))) {
+        response.headers_mut().insert(header::LOCATION, location);
+    }
+    response
 }
 
 fn heads(asks: &Asks<'_>, parts: &Parts, path: &[u8]) -> Heads {

@@ -8,6 +8,7 @@ pub mod rules;
 pub mod settings;
 pub mod site;
 pub mod text;
+pub mod tls;
 pub mod upstream;
 
 pub use address::Address;

@@ -7,6 +7,8 @@ use std::net::{IpAddr, SocketAddr};
 pub struct Peer {
     pub remote: SocketAddr,
     pub local: SocketAddr,
+    /// It speaks TLS with us.
+    pub tls: bool,
 }
 
 /// What PHP and the access log are told about the client, after `trusted_proxies` has been applied.

@@ -4,7 +4,10 @@ use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use ipnet::IpNet;
 
-use super::log_text::LogText;
+use super::{
+    log_text::LogText,
+    tls::{CertificateFiles, Tls},
+};
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct Settings {
@@ -19,6 +22,10 @@ pub struct Settings {
     pub state: Option<PathBuf>,
     /// `None`: outside a cluster. Needs a restart.
     pub kubernetes: Option<Kubernetes>,
+    /// `[[tls]]`.
+    pub certificates: Vec<CertificateFiles>,
+    /// What their files hold; `None`: there are none, or nobody has read them yet.
+    pub tls: Option<Arc<Tls>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,6 +46,11 @@ pub enum ReloadMode {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Listen {
     pub http: Vec<SocketAddr>,
+    pub https: Vec<SocketAddr>,
+    /// Files; the first encrypts session tickets, all decrypt. Empty: keys of this process alone.
+    pub tls_ticket_keys: Vec<PathBuf>,
+    /// A PROXY header stands before everything else, and only trusted proxies may connect.
+    pub proxy_protocol: bool,
     /// Needs a restart.
     pub ops: Option<SocketAddr>,
     pub ops_allow: Vec<IpNet>,
@@ -60,6 +72,13 @@ pub struct Listen {
     pub max_connections_per_address: Option<usize>,
     /// `None` is "unlimited".
     pub max_requests_per_connection: Option<u64>,
+}
+
+impl Listen {
+    /// In clear and with TLS.
+    pub fn addresses(&self) -> impl Iterator<Item = SocketAddr> {
+        self.http.iter().chain(&self.https).copied()
+    }
 }
 
 #[derive(Clone, Debug, PartialEq)]

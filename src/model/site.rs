@@ -32,6 +32,8 @@ pub struct Site {
     /// `None`: `front = ""`.
     pub front: Option<String>,
     pub symlinks: Symlinks,
+    /// What comes by http is sent to https.
+    pub https_only: bool,
     /// Exact paths.
     pub exact: HashMap<String, Vec<Arc<Route>>>,
     /// Prefixes and expressions in the file's order.

@@ -102,6 +102,8 @@ metrics! {
     BUFFER_MEMORY = Gauge "slackwater_buffer_memory_bytes" [] "Memory that buffered bodies take now.";
     BUFFER_DISK = Gauge "slackwater_buffer_disk_bytes" [] "Disk that spilled bodies take now.";
     LOG_LOST = Counter "slackwater_access_log_lost_total" [] "Access log lines lost because the log was not read or written fast enough.";
+    CERTIFICATE = Gauge "slackwater_certificate_expiry_timestamp_seconds" ["certificate"]
+        "When a certificate expires, in seconds since 1970.";
     BUILD = Gauge "slackwater_build_info" ["version"] "Always 1.";
 }
 
@@ -116,6 +118,8 @@ pub struct Gauges {
     pub buffer_disk_bytes: u64,
     /// Lines, since the start.
     pub access_log_lost: u64,
+    /// File, and seconds since 1970.
+    pub certificates: Vec<(String, u64)>,
 }
 
 #[derive(Clone, Debug)]
@@ -473,6 +477,12 @@ impl Scrape {
             name if name == BUFFER_MEMORY.name => out.gauge(&[], self.gauges.buffer_memory_bytes),
             name if name == BUFFER_DISK.name => out.gauge(&[], self.gauges.buffer_disk_bytes),
             name if name == LOG_LOST.name => out.counter(&[], self.gauges.access_log_lost),
+            name if name == CERTIFICATE.name => {
+                for (file, expiry) in &self.gauges.certificates {
+                    out.gauge(&[file], *expiry)?;
+                }
+                Ok(())
+            }
             name if name == BUILD.name => out.gauge(&[env!("CARGO_PKG_VERSION")], 1),
             name => self.set_rows(name, out),
         }

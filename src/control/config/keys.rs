@@ -4,7 +4,7 @@ type Keys = &'static [(&'static str, &'static [&'static str])];
 
 /// The keys of this version, by the table they belong to; "" is the top of the file.
 pub const KEYS: Keys = &[
-    ("", &["workers", "include", "reload", "state", "listen", "buffer", "log", "drain", "kubernetes", "upstream", "site"]),
+    ("", &["workers", "include", "reload", "state", "listen", "tls", "buffer", "log", "drain", "kubernetes", "upstream", "site"]),
     (
         "listen",
         &[
@@ -15,6 +15,7 @@ pub const KEYS: Keys = &[
             "admin",
             "health_path",
             "proxy_protocol",
+            "tls_ticket_keys",
             "trusted_proxies",
             "idle_timeout",
             "header_timeout",
@@ -27,6 +28,7 @@ pub const KEYS: Keys = &[
             "max_requests_per_connection",
         ],
     ),
+    ("tls", &["hosts", "certificate", "key"]),
     ("buffer", &["memory", "total", "dir", "disk", "files"]),
     ("log", &["format", "level", "access", "access_file", "access_sample"]),
     ("drain", &["grace", "lame_duck", "health_fail_delay", "quiet", "margin", "receipt"]),
@@ -62,6 +64,7 @@ pub const KEYS: Keys = &[
         &[
             "hosts",
             "preset",
+            "https_only",
             "root",
             "php_root",
             "index",
@@ -140,4 +143,4 @@ pub const KEYS: Keys = &[
 const ROUTE_LATER: &[&str] = &["compress"];
 
 /// Keys of the design that this version refuses: silently doing without a `deny` would be worse than not starting.
-pub const LATER: Keys = &[("", &["tls"]), ("site", ROUTE_LATER), ("route", ROUTE_LATER)];
+pub const LATER: Keys = &[("site", ROUTE_LATER), ("route", ROUTE_LATER)];

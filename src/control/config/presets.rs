@@ -52,7 +52,7 @@ pub fn chosen<'a>(v: &Value<'a>, presets: &'a Presets) -> Option<(&'static str, 
 
 /// What is not a preset's to say counts as asked for; what is left is unknown.
 pub fn finish(mut reader: Reader<'_>) {
-    for key in ["hosts", "preset", "root", "php_root"] {
+    for key in ["hosts", "preset", "root", "php_root", "https_only"] {
         reader.ask(key);
     }
     reader.finish();

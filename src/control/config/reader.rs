@@ -42,7 +42,7 @@ impl Report {
         format!("{}:{line}:{column}", file.display())
     }
 
-    fn locate(&self, at: Place) -> (PathBuf, usize, usize) {
+    pub fn locate(&self, at: Place) -> (PathBuf, usize, usize) {
         match self.files.get(at.file) {
             Some((file, map)) => {
                 let (line, column) = map.place(at.offset);

@@ -257,9 +257,8 @@ pub fn read(t: &mut Reader<'_>, site: &Keys, around: &Around<'_>, tried: &mut Ve
             }
         };
         let (methods, when) = rules::when(route.section("when", "when"));
-        if when.scheme.is_some() && !around.has_trusted {
-            let message =
-                "`when.scheme` is always \"http\": `listen.trusted_proxies` is empty, so that nobody's X-Forwarded-Proto counts";
+        if when.scheme.is_some() && !around.has_trusted && !around.has_tls {
+            let message = "`when.scheme` is always \"http\": `listen.trusted_proxies` is empty, so that nobody's X-Forwarded-Proto counts, and there is no `listen.https`";
             route.report.warn(route.place("when"), message);
         }
         let captures = path.as_ref().map_or_else(Vec::new, |(_, pattern)| captures(pattern));

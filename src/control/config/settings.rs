@@ -4,13 +4,14 @@ use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use super::{
     Folder,
-    document::{Kind, Place},
+    document::Place,
     reader::{Reader, Value},
-    texts, unit,
+    sites, texts, unit,
 };
 use crate::{
     control::template,
     model::settings::{AccessFormat, Buffer, Drain, Kubernetes, Listen, Log, LogFormat, ReloadMode, Settings},
+    model::tls::CertificateFiles,
 };
 
 /// `drain.grace` where the file does not have it: the same placeholder as in the pod's spec.
@@ -29,6 +30,8 @@ pub fn read(top: &mut Reader<'_>, env: &dyn Fn(&str) -> Option<String>, folders:
             .read("reload", ReloadMode::Signal, |v| v.one_of(&[("signal", ReloadMode::Signal), ("watch", ReloadMode::Watch)])),
         state: top.read("state", None, path_or_none),
         listen: listen(top.section("listen", "listen")),
+        certificates: certificates(top),
+        tls: None,
         buffer: buffer(top.section("buffer", "buffer"), folders),
         log: log(top.section("log", "log")),
         drain: drain(top.section("drain", "drain"), env),
@@ -38,12 +41,20 @@ pub fn read(top: &mut Reader<'_>, env: &dyn Fn(&str) -> Option<String>, folders:
             present.then_some(read)
         },
     };
+    if !settings.listen.https.is_empty() && settings.certificates.is_empty() && !top.has("tls") {
+        let help = "add [[tls]] with hosts, certificate and key".to_owned();
+        top.report.problem(top.place("listen"), "`listen.https`, and no certificate", Some(help));
+    }
+    if settings.listen.https.is_empty() && !settings.certificates.is_empty() {
+        top.report.warn(top.place("tls"), "`[[tls]]`, and no address in `listen.https`: nobody is served with it".to_owned());
+    }
     // Whoever uses it needs it read already, in `config::parse`: it says which files there are.
     top.ask("include");
     settings
 }
 
 fn listen(mut t: Reader<'_>) -> Listen {
+    let before = t.report.count();
     let mut bound: Vec<(SocketAddr, Place, &str)> = Vec::new();
     let mut claim =
         |v: &Value<'_>, address: SocketAddr, key: &'static str| match bound.iter().find(|(other, ..)| collide(*other, address)) {
@@ -57,30 +68,24 @@ fn listen(mut t: Reader<'_>) -> Listen {
             }
         };
     let http = t.read("http", vec![SocketAddr::from(([0, 0, 0, 0], 8080))], |v| {
-        let list = v.list(|v| socket(v).and_then(|address| claim(v, address, "http")))?;
-        if let Kind::List(items) = &v.node.kind
-            && items.is_empty()
-        {
-            return v.refuse("without an address nothing is served", "write [\"0.0.0.0:8080\"]");
-        }
-        Some(list)
+        v.list(|v| socket(v).and_then(|address| claim(v, address, "http")))
     });
     let ops = t.read("ops", Some(SocketAddr::from(([0, 0, 0, 0], 9901))), |v| match v.text()? {
         "off" => Some(None),
         "" => v.refuse("is empty", "write \"off\" for none"),
         _ => socket(v).and_then(|address| claim(v, address, "ops")).map(Some),
     });
-    t.read("https", (), |v| match &v.node.kind {
-        Kind::List(items) if items.is_empty() => Some(()),
-        _ => v.wrong("`https` is not supported by this version yet", None),
-    });
-    t.read("proxy_protocol", (), |v| match v.text()? {
-        "off" => Some(()),
-        "required" => v.wrong("`proxy_protocol` is not supported by this version yet", "write \"off\"".to_owned()),
-        other => v.refuse(format!("{other:?} is not known"), "write \"off\""),
-    });
+    let https = t.read("https", Vec::new(), |v| v.list(|v| socket(v).and_then(|address| claim(v, address, "https"))));
+    if http.is_empty() && https.is_empty() && t.report.count() == before {
+        let help = "write http = [\"0.0.0.0:8080\"], or an address in https".to_owned();
+        t.report.problem(t.place("http"), "without an address nothing is served", Some(help));
+    }
+    let proxy_protocol = t.read("proxy_protocol", false, |v| v.one_of(&[("off", false), ("required", true)]));
     let listen = Listen {
         http,
+        https,
+        proxy_protocol,
+        tls_ticket_keys: t.read("tls_ticket_keys", Vec::new(), |v| v.list(|v| v.folder()?.map(PathBuf::from))),
         ops,
         ops_allow: t.read("ops_allow", loopback(), |v| v.list(Value::networks).map(|all| all.concat())),
         admin: t.read("admin", PathBuf::from("/run/slackwater/admin.sock"), |v| {
@@ -169,6 +174,27 @@ fn buffer(mut t: Reader<'_>, folders: &mut Vec<Folder>) -> Buffer {
     }
     t.finish();
     buffer
+}
+
+fn certificates(top: &mut Reader<'_>) -> Vec<CertificateFiles> {
+    let mut all = Vec::new();
+    for mut t in top.sections("tls", "tls") {
+        let hosts = t.read("hosts", Vec::new(), |v| v.list(sites::host));
+        for key in ["certificate", "key"] {
+            if !t.has(key) {
+                let help = "write certificate = \"/etc/tls/tls.crt\" and key = \"/etc/tls/tls.key\"".to_owned();
+                t.report.problem(t.at, format!("a [[tls]] without `{key}`"), Some(help));
+            }
+        }
+        let at = t.report.locate(t.place("certificate"));
+        let certificate = t.read("certificate", None, |v| v.folder()).map(PathBuf::from);
+        let key = t.read("key", None, |v| v.folder()).map(PathBuf::from);
+        t.finish();
+        if let (Some(certificate), Some(key)) = (certificate, key) {
+            all.push(CertificateFiles { hosts, certificate, key, at });
+        }
+    }
+    all
 }
 
 fn log(mut t: Reader<'_>) -> Log {

@@ -27,6 +27,7 @@ pub struct Around<'a> {
     pub presets: &'a Presets,
     /// A trusted proxy may say that its client came by https.
     pub has_trusted: bool,
+    pub has_tls: bool,
 }
 
 pub fn read(top: &mut Reader<'_>, around: &Around<'_>, folders: &mut Vec<Folder>) -> SiteTable {
@@ -135,6 +136,11 @@ fn read_site(mut t: Reader<'_>, around: &Around<'_>, taken: &mut Hosts, folders:
         name
     });
     let Own { index, scripts, front, symlinks } = own;
+    let https_only = t.read("https_only", false, Value::boolean);
+    if https_only && !around.has_trusted && !around.has_tls {
+        let message = "`https_only`, but nobody comes by https: there is no `listen.https`, and `listen.trusted_proxies` is empty";
+        t.report.warn(t.place("https_only"), message);
+    }
     let site = Site {
         name,
         preset,
@@ -144,6 +150,7 @@ fn read_site(mut t: Reader<'_>, around: &Around<'_>, taken: &mut Hosts, folders:
         scripts,
         front,
         symlinks,
+        https_only,
         exact: routes.exact,
         ordered: routes.ordered,
         default_route,

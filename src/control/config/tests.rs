@@ -97,7 +97,10 @@ fn each_error_of_the_process_wide_tables_has_its_place_and_says_what_is_right() 
             "include = [\"x.toml\"]",
             "1:12: `include`: x.toml: no such file\n  help: patterns are relative to this file; * does not cross a slash",
         ),
-        ("listen.http = []", "1:15: `listen.http`: without an address nothing is served\n  help: write [\"0.0.0.0:8080\"]"),
+        (
+            "listen.http = []",
+            "1:15: without an address nothing is served\n  help: write http = [\"0.0.0.0:8080\"], or an address in https",
+        ),
         ("listen.http = \"0.0.0.0:80\"", "1:15: `listen.http` is a string, not a list\n  help: write [\"0.0.0.0:80\"]"),
         ("listen.http = [\":80\"]", "1:16: `listen.http`: \":80\" is not an address to listen on\n  help: write \"0.0.0.0:80\""),
         (
@@ -505,11 +508,6 @@ fn keys_of_later_versions_are_told_from_unknown_ones() {
             assert_eq!(wrong(&text), format!("{place}: `{name}` is not supported by this version yet"));
         }
     }
-    assert_eq!(wrong(&top("listen.https = [\"0.0.0.0:443\"]")), "1:16: `https` is not supported by this version yet");
-    assert_eq!(
-        wrong(&top("listen.proxy_protocol = \"required\"")),
-        "1:25: `proxy_protocol` is not supported by this version yet\n  help: write \"off\""
-    );
     good(&top("listen = { https = [], proxy_protocol = \"off\" }"));
 }
 
@@ -529,7 +527,8 @@ fn every_error_is_reported_at_once_and_in_order() {
             "7:11: `upstream.php.retries` is a number with a fraction, not a whole number",
             "9:8: `site.root` is a number, not a string",
             "10:12: `site.upstream`: there is no upstream \"none\"",
-            "11:3: `tls` is not supported by this version yet",
+            "11:1: a [[tls]] without `certificate`",
+            "11:1: a [[tls]] without `key`",
         ]
     );
 }
@@ -718,7 +717,9 @@ fn warnings_name_their_place() {
         warned(&site(
             "[[site.route]]\npath = \"/*\"\nwhen = { scheme = \"http\" }\nredirect = { to = \"https://$host$request_uri\" }"
         )),
-        ["7:8: `when.scheme` is always \"http\": `listen.trusted_proxies` is empty, so that nobody's X-Forwarded-Proto counts"]
+        [
+            "7:8: `when.scheme` is always \"http\": `listen.trusted_proxies` is empty, so that nobody's X-Forwarded-Proto counts, and there is no `listen.https`"
+        ]
     );
     assert_eq!(good(&site("")).warnings.iter().filter(|warning| warning.contains("read_timeout")).count(), 0, "nobody's mistake");
 }
@@ -815,6 +816,14 @@ const SAMPLES: &[(&str, &str, &str)] = &[
     ("", "reload", "\"watch\""),
     ("", "state", "\"/s.json\""),
     ("listen", "http", "[\"127.0.0.1:1\"]"),
+    ("listen", "https", "[\"127.0.0.1:3\"]"),
+    ("listen", "proxy_protocol", "\"required\""),
+    ("listen", "tls_ticket_keys", "[\"/t\"]"),
+    ("tls", "hosts", "[\"a.example\"]"),
+    ("tls", "certificate", "\"/other.crt\""),
+    ("tls", "key", "\"/other.key\""),
+    ("", "tls", "[{ certificate = \"/c\", key = \"/k\" }]"),
+    ("site", "https_only", "true"),
     ("listen", "ops", "\"127.0.0.1:2\""),
     ("listen", "ops_allow", "[\"10.0.0.0/8\"]"),
     ("listen", "admin", "\"/a.sock\""),
@@ -1030,7 +1039,20 @@ fn with(section: &str, key: &str, value: &str) -> String {
     }
     keys.retain(|(s, k, _)| (*s, *k) != (section, key) && !(*s == "ping" && (section, key) == ("set", "ping")));
     keys.push((section, key, value));
+    if section == "tls" || (section, key) == ("listen", "https") {
+        let others = [("tls", "certificate", "\"/c.crt\""), ("tls", "key", "\"/k.key\"")];
+        keys.extend(others.into_iter().filter(|(_, other, _)| (section, key) != ("tls", *other)));
+    }
     let mut text = [String::new(), String::new(), String::new()];
+    let tls: Vec<String> = keys
+        .iter()
+        .filter(|(table, key, _)| *table == "tls" && !key.is_empty())
+        .map(|(_, key, value)| format!("{key} = {value}"))
+        .collect();
+    if !tls.is_empty() {
+        text[0] += &format!("tls = [{{ {} }}]\n", tls.join(", "));
+    }
+    keys.retain(|(table, ..)| *table != "tls");
     for (section, key, value) in keys.into_iter().filter(|(_, key, _)| !key.is_empty()) {
         let (part, prefix) = match section {
             "" => (0, ""),

@@ -116,6 +116,7 @@ pub(in crate::http) fn site_with(scripts: &[&str]) -> Site {
         scripts: scripts.iter().map(|script| ScriptPattern((*script).into())).collect(),
         front: Some("/index.php".into()),
         symlinks: Symlinks::Follow,
+        https_only: false,
         exact: HashMap::new(),
         ordered: Vec::new(),
         default_route: Arc::new(any_route()),

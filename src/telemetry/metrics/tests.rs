@@ -22,6 +22,7 @@ fn with_everything() -> Arc<Metrics> {
         phase: "Running",
         generation: 7,
         access_log_lost: 3,
+        certificates: vec![("/tls.crt".into(), 1_800_000_000)],
         upstreams: vec![UpstreamGauge {
             name: "php".into(),
             queued: 4,
