@@ -9,7 +9,7 @@ use slackwater::control::config::keys::KEYS;
 use support::{
     gate::Gate,
     http::{self, Connection},
-    process::{Slackwater, Wait},
+    process::Slackwater,
     real_fpm::RealFpm,
     scripted_fpm::{Behaviour, ScriptedFpm},
 };
@@ -130,6 +130,12 @@ const SEEN: &[(&str, &str)] = &[
     ("site preset", "rules a_preset_is_the_default_of_a_site"),
     ("site precompressed", "files what_lies_beside_a_file_is_sent_to_who_takes_it"),
     ("route precompressed", "files what_lies_beside_a_file_is_sent_to_who_takes_it"),
+    ("site compress", "compress answers_are_the_same_once_they_are_decoded"),
+    ("route compress", "compress what_is_better_left_alone_is"),
+    ("compress codings", "compress what_is_better_left_alone_is"),
+    ("compress types", "compress what_is_better_left_alone_is"),
+    ("compress min", "compress what_is_better_left_alone_is"),
+    ("compress private", "compress what_is_better_left_alone_is"),
     ("site cors", "rules pages_of_other_origins_are_told_what_they_may"),
     ("route cors", "rules pages_of_other_origins_are_told_what_they_may"),
     ("cors origins", "rules pages_of_other_origins_are_told_what_they_may"),
@@ -267,14 +273,6 @@ async fn hello() -> ScriptedFpm {
 
 async fn status_of(proxy: &Slackwater, method: &str, path: &str, body: &[u8]) -> u16 {
     http::send(proxy.http(), method, path, &[], body).await.unwrap().status
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn what_does_not_work_yet_is_refused() {
-    let fpm = hello().await;
-    let mut proxy = Slackwater::builder(&toml(&fpm, "", "", "", "compress = true")).wait(Wait::No).start().await;
-    assert_eq!(proxy.wait_exit(Duration::from_secs(20)).await, 1);
-    proxy.wait_for_log("`compress` is not supported by this version yet", Duration::from_secs(20)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -17,7 +17,7 @@ use super::config::{
 };
 use crate::model::{
     Route, Site, SiteTable,
-    rules::{Action, Cors, ErrorPage, Limit, Maintenance, Scheme, Wanted, When},
+    rules::{Action, Compress, Cors, ErrorPage, Limit, Maintenance, Scheme, Wanted, When},
     settings::{AccessFormat, Buffer, Drain, Listen, Log, LogFormat, ReloadMode},
     site::{Files, Origin, Pattern, PhpRoot, Symlinks},
     text::Text,
@@ -444,6 +444,13 @@ fn rules(out: &mut Out, route: &Route) {
         }
     }
     out.key("precompressed", list(route.precompressed.iter().map(|coding| coding.name())));
+    match route.compress.as_deref() {
+        None => out.key("compress", quote("off")),
+        Some(Compress { codings, types, min, private, .. }) => {
+            let (codings, types, min) = (list(codings.iter().map(|coding| coding.name())), list(types), size(*min));
+            out.key("compress", format_args!("{{ codings = {codings}, types = {types}, min = {min}, private = {private} }}"));
+        }
+    }
     match &route.action {
         None => {}
         Some(Action::Redirect { to, status }) => {

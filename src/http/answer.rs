@@ -8,6 +8,7 @@ use std::{
 
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
+use tower_http::compression::CompressionBody;
 
 use super::{files::FileBody, inflight::Finish, pace::Pace, pipe::PipeBody};
 
@@ -18,7 +19,15 @@ pub enum Content {
     Whole(Option<Bytes>),
     Pipe(PipeBody),
     File(FileBody),
+    Compressed(Pin<Box<CompressionBody<Content>>>),
 }
+
+/// An answer that is to reach its client as PHP writes it.
+#[derive(Clone, Copy, Debug)]
+pub struct AsItComes;
+
+/// So many pieces of a compressed answer in one go; then the worker looks after others.
+const PIECES_AT_ONCE: u8 = 8;
 
 impl Content {
     /// Nothing of it is left to be sent.
@@ -28,6 +37,36 @@ impl Content {
             Content::Whole(bytes) => bytes.as_ref().is_none_or(Bytes::is_empty),
             Content::Pipe(pipe) => pipe.is_end_stream(),
             Content::File(file) => file.is_end_stream(),
+            Content::Compressed(body) => body.is_end_stream(),
+        }
+    }
+}
+
+impl Body for Content {
+    type Data = Bytes;
+    type Error = io::Error;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
+        match self.get_mut() {
+            Content::Empty => Poll::Ready(None),
+            Content::Whole(bytes) => Poll::Ready(bytes.take().filter(|b| !b.is_empty()).map(|b| Ok(Frame::data(b)))),
+            Content::Pipe(pipe) => Pin::new(pipe).poll_frame(cx),
+            Content::File(file) => Pin::new(file).poll_frame(cx),
+            Content::Compressed(body) => body.as_mut().poll_frame(cx).map(|next| next.map(|frame| frame.map_err(io::Error::other))),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.is_over()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Content::Empty => SizeHint::with_exact(0),
+            Content::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |b| b.len() as u64)),
+            Content::Pipe(pipe) => pipe.size_hint(),
+            Content::File(file) => file.size_hint(),
+            Content::Compressed(body) => body.size_hint(),
         }
     }
 }
@@ -42,12 +81,14 @@ pub struct Answer {
     content: Content,
     /// `None`: as fast as the client takes it.
     pace: Option<Pace>,
+    /// Of a compressed answer, since the worker has last looked after others.
+    pieces: u8,
     finish: Finish,
 }
 
 impl Answer {
     pub fn new(content: Content, pace: Option<Pace>, finish: Finish) -> Self {
-        Answer { content, pace, finish }
+        Answer { content, pace, pieces: 0, finish }
     }
 
     fn kept(&self) -> u64 {
@@ -55,12 +96,15 @@ impl Answer {
     }
 
     fn poll_content(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
-        match &mut self.content {
-            Content::Empty => Poll::Ready(None),
-            Content::Whole(bytes) => Poll::Ready(bytes.take().filter(|b| !b.is_empty()).map(|b| Ok(Frame::data(b)))),
-            Content::Pipe(pipe) => Pin::new(pipe).poll_frame(cx),
-            Content::File(file) => Pin::new(file).poll_frame(cx),
+        if matches!(self.content, Content::Compressed(_)) {
+            self.pieces += 1;
+            if self.pieces > PIECES_AT_ONCE {
+                self.pieces = 0;
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
         }
+        Pin::new(&mut self.content).poll_frame(cx)
     }
 
     fn poll_paced(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
@@ -101,12 +145,7 @@ impl Body for Answer {
     }
 
     fn size_hint(&self) -> SizeHint {
-        let hint = match &self.content {
-            Content::Empty => SizeHint::with_exact(0),
-            Content::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |b| b.len() as u64)),
-            Content::Pipe(pipe) => pipe.size_hint(),
-            Content::File(file) => file.size_hint(),
-        };
+        let hint = self.content.size_hint();
         match (self.kept(), hint.exact()) {
             (0, _) => hint,
             (kept, Some(exact)) => SizeHint::with_exact(exact + kept),

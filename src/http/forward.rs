@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use super::{
     accel,
-    answer::Content,
+    answer::{AsItComes, Content},
     body::{self, Buffered},
     inflight::Record,
     pipe::{self, Outcome, Plan},
@@ -382,7 +382,12 @@ async fn attempt(
                 record.undispatched();
             });
             let content = if bodiless { Content::Empty } else { Content::Pipe(pipe) };
-            Ok(respond(head, content, bodiless))
+            let unbuffered = head.unbuffered;
+            let mut response = respond(head, content, bodiless);
+            if unbuffered {
+                response.extensions_mut().insert(AsItComes);
+            }
+            Ok(response)
         }
     }
 }

@@ -24,7 +24,7 @@ use super::{
     forward::{self, Php},
     inflight::{Finish, Record, Sinks},
     layers::{
-        access, auth, cors, deadline,
+        access, auth, compress, cors, deadline,
         guards::{self, Passed},
         headers::Filled,
         limits, maintenance, real_ip,
@@ -140,6 +140,12 @@ pub async fn serve(worker: Rc<Worker>, peer: Peer, request: Request<Incoming>) -
     }
     if let Ok(value) = HeaderValue::from_str(record.id.as_str()) {
         response.headers_mut().insert(X_REQUEST_ID, value);
+    }
+    // Last, when its type and all else is said.
+    let compress = record.way.borrow().route.as_ref().and_then(|route| route.compress.clone());
+    if let Some(compress) = compress {
+        let is_phps = record.way.borrow().attempts > 0;
+        response = compress::shrunk(&compress, &parts, is_phps, response).await;
     }
     if let Some(heads) = record.heads.borrow_mut().as_mut() {
         heads.response.clone_from(response.headers());

@@ -12,7 +12,10 @@ use std::{
 use http::{HeaderName, HeaderValue, StatusCode};
 use ipnet::IpNet;
 use regex::Regex;
-use tower_http::cors::CorsLayer;
+use tower_http::{
+    compression::{CompressionLayer, predicate::SizeAbove},
+    cors::CorsLayer,
+};
 
 use super::text::Text;
 
@@ -124,6 +127,20 @@ impl Flag {
     pub fn new(file: PathBuf, at: String) -> Self {
         Flag { file, at, on: AtomicBool::new(false), looked: AtomicU64::new(0), since: Instant::now() }
     }
+}
+
+/// Answers compressed on their way.
+#[derive(Clone, Debug)]
+pub struct Compress {
+    /// Of those that a client likes equally the first.
+    pub codings: Vec<Coding>,
+    /// Media types; "text/*" stands for all of its kind.
+    pub types: Vec<String>,
+    /// A body that is known to be smaller is sent as it is.
+    pub min: u64,
+    /// Also what PHP answers to who has a cookie or a password.
+    pub private: bool,
+    pub layer: CompressionLayer<SizeAbove>,
 }
 
 /// What a file beside another may hold: the same, compressed.

@@ -5,7 +5,9 @@ use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
 use regex::Regex;
 
 use super::{
-    rules::{Access, Action, BasicAuth, Coding, Cors, ErrorPage, ErrorPages, Expires, HeaderEdits, Limit, Maintenance, When},
+    rules::{
+        Access, Action, BasicAuth, Coding, Compress, Cors, ErrorPage, ErrorPages, Expires, HeaderEdits, Limit, Maintenance, When,
+    },
     text::Text,
 };
 
@@ -93,6 +95,7 @@ pub struct Route {
     pub maintenance: Option<Arc<Maintenance>>,
     /// Of a static file, beside it: the first that the client takes.
     pub precompressed: Vec<Coding>,
+    pub compress: Option<Arc<Compress>>,
     /// The upstream's name; `None`: no PHP here.
     pub upstream: Option<Arc<str>>,
     pub files: Files,

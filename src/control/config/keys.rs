@@ -96,6 +96,7 @@ pub const KEYS: Keys = &[
             "cors",
             "maintenance",
             "precompressed",
+            "compress",
         ],
     ),
     (
@@ -127,9 +128,11 @@ pub const KEYS: Keys = &[
             "cors",
             "maintenance",
             "precompressed",
+            "compress",
         ],
     ),
     ("when", &["method", "header", "cookie", "arg", "from", "scheme"]),
+    ("compress", &["codings", "types", "min", "private"]),
     ("cors", &["origins", "methods", "headers", "expose", "credentials", "max_age"]),
     ("maintenance", &["page", "from", "cookie", "header", "retry_after", "file"]),
     ("basic_auth", &["realm", "file"]),
@@ -140,7 +143,5 @@ pub const KEYS: Keys = &[
     ("request_headers", &["set", "add", "default", "remove"]),
 ];
 
-const ROUTE_LATER: &[&str] = &["compress"];
-
 /// Keys of the design that this version refuses: silently doing without a `deny` would be worse than not starting.
-pub const LATER: Keys = &[("site", ROUTE_LATER), ("route", ROUTE_LATER)];
+pub const LATER: Keys = &[];

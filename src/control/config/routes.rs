@@ -14,7 +14,7 @@ use super::{
 };
 use crate::model::{
     Route,
-    rules::{Access, Action, BasicAuth, Coding, Cors, ErrorPages, Expires, HeaderEdits, Limit, Maintenance, When},
+    rules::{Access, Action, BasicAuth, Coding, Compress, Cors, ErrorPages, Expires, HeaderEdits, Limit, Maintenance, When},
     site::{Files, Origin, Pattern},
     text::{Part, Text, parts},
 };
@@ -59,6 +59,7 @@ pub struct Keys {
     cors: Option<Arc<Cors>>,
     maintenance: Option<Arc<Maintenance>>,
     precompressed: Vec<Coding>,
+    compress: Option<Arc<Compress>>,
 }
 
 impl Keys {
@@ -86,6 +87,7 @@ impl Keys {
             cors: None,
             maintenance: None,
             precompressed: Vec::new(),
+            compress: None,
         }
     }
 
@@ -121,6 +123,7 @@ impl Keys {
             expires: t.read("expires", above.expires, rules::expires),
             cors: t.read("cors", above.cors.clone(), rules::cors),
             maintenance: t.read("maintenance", above.maintenance.clone(), rules::maintenance),
+            compress: t.read("compress", above.compress.clone(), rules::compress),
             precompressed: t.read("precompressed", above.precompressed.clone(), rules::precompressed),
         };
         keys.check_lane(t, around);
@@ -197,6 +200,7 @@ impl Keys {
             cors: self.cors.clone(),
             maintenance: self.maintenance.clone(),
             precompressed: self.precompressed.clone(),
+            compress: self.compress.clone(),
             upstream: self.upstream.clone(),
             files: self.files,
             try_files: self.try_files.clone(),

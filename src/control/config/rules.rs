@@ -5,7 +5,11 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use ipnet::IpNet;
 use regex::Regex;
-use tower_http::cors::{AllowHeaders, AllowMethods, AllowOrigin, CorsLayer, ExposeHeaders};
+use tower_http::{
+    CompressionLevel,
+    compression::{CompressionLayer, predicate::SizeAbove},
+    cors::{AllowHeaders, AllowMethods, AllowOrigin, CorsLayer, ExposeHeaders},
+};
 
 use super::{
     document::Kind,
@@ -14,8 +18,8 @@ use super::{
 };
 use crate::model::{
     rules::{
-        Action, BasicAuth, Coding, Cors, ErrorPage, ErrorPages, Expires, Flag, HeaderEdits, Kept, Limit, Maintenance, Rate, Scheme,
-        Wanted, When,
+        Action, BasicAuth, Coding, Compress, Cors, ErrorPage, ErrorPages, Expires, Flag, HeaderEdits, Kept, Limit, Maintenance,
+        Rate, Scheme, Wanted, When,
     },
     text::Text,
 };
@@ -265,6 +269,64 @@ pub fn maintenance(v: &Value<'_>) -> Option<Option<Arc<Maintenance>>> {
     let flag = t.read("file", None, |v| v.folder()).map(|file| Flag::new(PathBuf::from(file), at));
     t.finish();
     Some(Some(Arc::new(Maintenance { page, bypass, retry_after, flag })))
+}
+
+/// What shrinks, and is not compressed already.
+const COMPRESSIBLE: [&str; 12] = [
+    "text/*",
+    "application/javascript",
+    "application/json",
+    "application/ld+json",
+    "application/manifest+json",
+    "application/xml",
+    "application/rss+xml",
+    "application/atom+xml",
+    "application/xhtml+xml",
+    "application/wasm",
+    "application/vnd.ms-fontobject",
+    "image/svg+xml",
+];
+
+/// A list of codings, or a table with more.
+pub fn compress(v: &Value<'_>) -> Option<Option<Arc<Compress>>> {
+    const HELP: &str = "write [\"br\", \"zstd\", \"gzip\"], { codings = [\"gzip\"], min = \"1KiB\" }, or \"off\"";
+    let all = || Coding::ALL.map(|(coding, ..)| coding).to_vec();
+    let (codings, types, min, private) = match &v.node.kind {
+        Kind::Text(word) if word == "off" => return Some(None),
+        Kind::Text(word) => return v.refuse(format!("{word:?} is not known"), HELP),
+        Kind::List(_) => (precompressed(v)?, None, 1024, false),
+        _ => {
+            let mut t = v.reader("compress")?;
+            let codings = t.read("codings", all(), precompressed);
+            let types = t.read("types", None, |v| v.list(media_type).map(Some));
+            let min = t.read("min", 1024, |v| v.size(0, u64::MAX));
+            let private = t.read("private", false, Value::boolean);
+            t.finish();
+            (codings, types, min, private)
+        }
+    };
+    if codings.is_empty() {
+        return v.refuse("names no coding", HELP);
+    }
+    let types = types.unwrap_or_else(|| COMPRESSIBLE.map(str::to_owned).to_vec());
+    // Low: one that is twice as thorough takes several times as long, on a worker's time.
+    let layer = CompressionLayer::new()
+        .br(codings.contains(&Coding::Brotli))
+        .zstd(codings.contains(&Coding::Zstd))
+        .gzip(codings.contains(&Coding::Gzip))
+        .quality(CompressionLevel::Precise(3))
+        .compress_when(SizeAbove::new(0));
+    Some(Some(Arc::new(Compress { codings, types, min, private, layer })))
+}
+
+fn media_type(v: &Value<'_>) -> Option<String> {
+    let text = v.filled_text()?;
+    match text.split_once('/') {
+        Some((kind, sub)) if !kind.is_empty() && !sub.is_empty() && !text.contains([';', ' ']) && !text.ends_with("/*/") => {
+            Some(text.to_ascii_lowercase())
+        }
+        _ => v.refuse(format!("{text:?} is not a media type"), "write \"application/json\", or \"text/*\" for all of a kind"),
+    }
 }
 
 /// In the server's order of preference.

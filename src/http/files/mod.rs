@@ -35,6 +35,7 @@ mod range;
 pub use body::FileBody;
 use body::{Contents, Segment, Source};
 use cache::{Known, Question, Small, Stats};
+pub use coding::chosen;
 use conditions::{Conditions, Decision, Validators};
 use lookup::{Found, Identity};
 

@@ -3,6 +3,7 @@
 pub mod access;
 mod apr1;
 pub mod auth;
+pub mod compress;
 pub mod cors;
 pub mod deadline;
 pub mod guards;

@@ -31,6 +31,7 @@ pub(in crate::http) fn a_route(path: &str, pattern: Pattern) -> Route {
         cors: None,
         maintenance: None,
         precompressed: Vec::new(),
+        compress: None,
         upstream: Some("php".into()),
         files: Files::OrFront,
         try_files: None,
