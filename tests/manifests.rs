@@ -186,6 +186,21 @@ fn behind_an_nlb_nobody_is_trusted() {
     assert!(configuration(&objects).settings.listen.trusted_proxies.is_empty());
     let attributes = annotation(find(&objects, "Service", "slackwater-nlb"), "target-group-attributes");
     assert!(attributes.contains("preserve_client_ip.enabled=true"), "{attributes}");
+    assert!(attributes.contains("proxy_protocol_v2.enabled=false") && !configuration(&objects).settings.listen.proxy_protocol);
+}
+
+/// Both sides turn together, and probes, which send no header, go to the ops port.
+#[test]
+fn an_nlb_may_tell_the_address_in_a_proxy_header() {
+    let objects = objects(&[("PROXY_PROTOCOL", "required"), ("NLB_PROXY_PROTOCOL", "true")]);
+    assert!(configuration(&objects).settings.listen.proxy_protocol);
+    let attributes = annotation(find(&objects, "Service", "slackwater-nlb"), "target-group-attributes");
+    assert!(attributes.contains("proxy_protocol_v2.enabled=true"), "{attributes}");
+    let edge = &find(&objects, "Deployment", "slackwater")["spec"]["template"]["spec"]["containers"][0];
+    for probe in ["startupProbe", "livenessProbe", "readinessProbe"] {
+        assert!(edge[probe].is_null() || edge[probe]["httpGet"]["port"] == "ops", "{probe}: {}", edge[probe]);
+    }
+    assert!(!edge["readinessProbe"].is_null());
 }
 
 /// The ConfigMap's file, as the process reads it.

@@ -290,7 +290,14 @@ async fn a_proxy_header_says_who_the_client_is() {
         // The client's own X-Forwarded-For counts as little as anybody's; that of the proxy's own connection is a trusted peer's.
         assert_eq!((seen.param("REMOTE_ADDR").as_deref(), seen.param("REMOTE_PORT").as_deref()), (Some(address), Some(port)));
     }
-    assert_eq!(fpm.requests()[0].param("SERVER_PORT").as_deref(), Some("443"));
+    let first = &fpm.requests()[0];
+    assert_eq!(
+        (first.param("SERVER_PORT").as_deref(), first.param("HTTPS").as_deref()),
+        (Some("443"), Some("on")),
+        "TLS ended at the proxy"
+    );
+    assert!(ask(b"PROXY TCP4 192.0.2.7 203.0.113.1 50000 80\r\n").await.starts_with(b"HTTP/1.1 200"));
+    assert_eq!(fpm.requests().last().unwrap().param("HTTPS"), None);
     let asked = fpm.requests().len();
     for wrong in [b"".as_slice(), b"PROXY TCP4 nonsense\r\n", b"PROXY", b"\r\n\r\n\0\r\nQUIT\n\x21\x11\xff\xff"] {
         let answer = ask(wrong).await;

@@ -216,7 +216,7 @@ async fn open(mut stream: TcpStream, mut peer: Peer, settings: &Settings) -> std
             return Err(std::io::Error::other("proxy_protocol is required, and this peer is no trusted proxy"));
         }
         if let Some((remote, local)) = proxy_protocol::read(&mut stream).await? {
-            peer = Peer { remote, local, ..peer };
+            peer = Peer { remote, local, tls_before: local.port() == 443, ..peer };
         }
     }
     if !peer.tls {

@@ -189,7 +189,7 @@ async fn answer(
         Passed::Request { host } => host,
     };
     // Before the site is chosen: a trusted proxy may tell another host.
-    let client = real_ip::client(peer, peer.tls, &parts.headers, &host, &settings.listen.trusted_proxies);
+    let client = real_ip::client(peer, peer.tls || peer.tls_before, &parts.headers, &host, &settings.listen.trusted_proxies);
     let site = route::site(sites, &client.host)
         .ok_or_else(|| Error::new(Kind::NoSite, format!("no site for host {:?}", client.host)))?
         .clone();

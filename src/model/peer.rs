@@ -9,6 +9,8 @@ pub struct Peer {
     pub local: SocketAddr,
     /// It speaks TLS with us.
     pub tls: bool,
+    /// A PROXY header says that its client came to port 443: TLS has ended at the proxy.
+    pub tls_before: bool,
 }
 
 /// What PHP and the access log are told about the client, after `trusted_proxies` has been applied.

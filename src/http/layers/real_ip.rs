@@ -221,7 +221,7 @@ mod tests {
     use super::*;
 
     fn ask(remote: &str, headers: &[(&str, &str)]) -> ClientInfo {
-        let peer = Peer { remote: remote.parse().unwrap(), local: "10.0.0.2:8080".parse().unwrap(), tls: false };
+        let peer = Peer { remote: remote.parse().unwrap(), local: "10.0.0.2:8080".parse().unwrap(), tls: false, tls_before: false };
         let map = headers.iter().map(|(name, value)| (name.parse::<HeaderName>().unwrap(), value.parse().unwrap())).collect();
         let trusted = ["10.0.0.0/8".parse().unwrap(), "fd00::/8".parse().unwrap()];
         client(&peer, false, &map, "site.test", &trusted)
