@@ -177,17 +177,25 @@ async fn a_renewed_certificate_is_for_new_connections_and_a_wrong_one_for_none()
     for ending in ["key", "crt"] {
         std::fs::rename(folder.path().join(format!("c.{ending}")), folder.path().join(format!("a.{ending}"))).unwrap();
     }
-    let (mut asked, mut renewed) = (0, None);
+    // Every second client comes back with the ticket that it was given.
+    let mut back = (*both).clone();
+    back.resumption = rustls::client::Resumption::in_memory_sessions(8);
+    let back = Arc::new(back);
+    let (mut asked, mut resumed, mut renewed) = (0, 0, None);
     while renewed.is_none_or(|at: Duration| since.elapsed() < at + Duration::from_millis(300)) {
         let stream = connect(proxy.https(), &both, "a.example").await.unwrap();
         if shown(&stream) == second {
             renewed.get_or_insert_with(|| since.elapsed());
         }
         assert_eq!(get(stream, "a.example", "/x").await.status, 200);
-        asked += 1;
+        let stream = connect(proxy.https(), &back, "a.example").await.unwrap();
+        resumed += usize::from(stream.get_ref().1.handshake_kind() == Some(HandshakeKind::Resumed));
+        assert_eq!(get(stream, "a.example", "/x").await.status, 200);
+        asked += 2;
         assert!(since.elapsed() < Duration::from_secs(60), "it is never read");
     }
-    println!("{asked} connections, none failed; the new certificate after {renewed:?}");
+    println!("{asked} connections, {resumed} of them resumed, none failed; the new certificate after {renewed:?}");
+    assert!(resumed > 10, "{resumed} of {asked}");
     assert_eq!(kept.exchange("GET", &request).await.unwrap().status, 200, "what is open goes on");
 }
 
@@ -261,6 +269,23 @@ async fn listeners_turn_without_closing_a_connection() {
     })
     .await;
     assert_eq!(http::get(proxy.https(), "/x").await.unwrap().status, 200);
+    assert_eq!(kept.get("/a").await.unwrap().status, 200);
+    // PROXY headers come and go in the same way.
+    let told = "http = [\"{HTTP}\"]\nproxy_protocol = \"required\"\ntrusted_proxies = [\"127.0.0.1\"]";
+    proxy.rewrite(&toml(&fpm, told, ""));
+    proxy.cli_ok(&["reload"]).await;
+    let mut stream = TcpStream::connect(proxy.http()).await.unwrap();
+    stream
+        .write_all(b"PROXY TCP4 192.0.2.7 203.0.113.1 50000 80\r\nGET /proxied HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        .await
+        .unwrap();
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).await.unwrap();
+    assert!(answer.starts_with(b"HTTP/1.1 200"), "{}", answer.escape_ascii());
+    assert_eq!(kept.get("/a").await.unwrap().status, 200);
+    proxy.rewrite(&toml(&fpm, "http = [\"{HTTP}\"]", ""));
+    proxy.cli_ok(&["reload"]).await;
+    assert_eq!(http::get(proxy.http(), "/x").await.unwrap().status, 200);
     assert_eq!(kept.get("/a").await.unwrap().status, 200);
 }
 
