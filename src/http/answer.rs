@@ -30,6 +30,14 @@ pub struct AsItComes;
 const PIECES_AT_ONCE: u8 = 8;
 
 impl Content {
+    /// All of it, where it is all here.
+    pub fn in_memory(&self) -> Option<&Bytes> {
+        match self {
+            Content::Whole(Some(bytes)) | Content::File(FileBody::Whole(bytes)) => Some(bytes),
+            _ => None,
+        }
+    }
+
     /// Nothing of it is left to be sent.
     pub fn is_over(&self) -> bool {
         match self {

@@ -145,7 +145,7 @@ pub async fn serve(worker: Rc<Worker>, peer: Peer, request: Request<Incoming>) -
     let compress = record.way.borrow().route.as_ref().and_then(|route| route.compress.clone());
     if let Some(compress) = compress {
         let is_phps = record.way.borrow().attempts > 0;
-        response = compress::shrunk(&compress, &parts, is_phps, response).await;
+        response = compress::shrunk(&compress, &worker.buffers.pool, &parts, is_phps, response).await;
     }
     if let Some(heads) = record.heads.borrow_mut().as_mut() {
         heads.response.clone_from(response.headers());

@@ -1,12 +1,15 @@
-//! Answers compressed on their way, by tower-http: what shrinks, is no secret, and is not compressed already.
+//! Answers compressed on their way: what shrinks, is no secret, and is not compressed already. What is whole in memory is done by the blocking pool,
+//! off the worker; what streams by tower-http, a few pieces in one go.
 
 use std::{
     convert::Infallible,
     future::{Ready, ready},
+    io::{self, Write},
 };
 
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header, request::Parts};
 use http_body::Body;
+use tokio::runtime::Handle;
 use tower::{Layer, ServiceExt, service_fn};
 
 use crate::{
@@ -14,17 +17,39 @@ use crate::{
         answer::{AsItComes, Content},
         files::chosen,
     },
-    model::rules::Compress,
+    model::rules::{Coding, Compress},
 };
 
+/// Below that a task of the pool costs more than it saves.
+const WORTH_A_TASK: usize = 8 << 10;
+
 /// The answer, compressed where it may be. `is_phps`: PHP has had a part in it.
-pub async fn shrunk(compress: &Compress, parts: &Parts, is_phps: bool, mut response: Response<Content>) -> Response<Content> {
+pub async fn shrunk(
+    compress: &Compress,
+    pool: &Handle,
+    parts: &Parts,
+    is_phps: bool,
+    mut response: Response<Content>,
+) -> Response<Content> {
     if !may_shrink(compress, &parts.headers, is_phps, &response) {
         return response;
     }
     // Also where this client takes none: the next one may.
     vary(response.headers_mut());
     let Some(coding) = chosen(&parts.headers, &compress.codings) else { return response };
+    if let Some(bytes) = response.body().in_memory().filter(|bytes| bytes.len() >= WORTH_A_TASK).cloned() {
+        let squeezed = pool.spawn_blocking(move || squeeze(coding, &bytes)).await;
+        // Out of memory, or the process ends: it goes as it is.
+        if let Ok(Ok(bytes)) = squeezed {
+            let headers = response.headers_mut();
+            headers.remove(header::ACCEPT_RANGES);
+            headers.insert(header::CONTENT_ENCODING, HeaderValue::from_static(coding.name()));
+            headers.insert(header::CONTENT_LENGTH, HeaderValue::from(bytes.len()));
+            weaken(headers);
+            *response.body_mut() = Content::Whole(Some(bytes.into()));
+        }
+        return response;
+    }
     let mut request = Request::new(());
     request.headers_mut().insert(header::ACCEPT_ENCODING, HeaderValue::from_static(coding.name()));
     let mut response = Some(response);
@@ -35,14 +60,37 @@ pub async fn shrunk(compress: &Compress, parts: &Parts, is_phps: bool, mut respo
         Ok(response) => response.map(|body| Content::Compressed(Box::pin(body))),
         Err(never) => match never {},
     };
-    // Two codings of one thing are not the same bytes (RFC 9110, section 8.8.3.3).
-    if response.headers().contains_key(header::CONTENT_ENCODING)
-        && let Some(tag) = response.headers().get(header::ETAG).filter(|tag| !tag.as_bytes().starts_with(b"W/"))
-        && let Ok(weak) = HeaderValue::from_bytes(&[b"W/", tag.as_bytes()].concat())
-    {
-        response.headers_mut().insert(header::ETAG, weak);
+    if response.headers().contains_key(header::CONTENT_ENCODING) {
+        weaken(response.headers_mut());
     }
     response
+}
+
+/// Two codings of one thing are not the same bytes (RFC 9110, section 8.8.3.3).
+fn weaken(headers: &mut HeaderMap) {
+    if let Some(tag) = headers.get(header::ETAG).filter(|tag| !tag.as_bytes().starts_with(b"W/"))
+        && let Ok(weak) = HeaderValue::from_bytes(&[b"W/", tag.as_bytes()].concat())
+    {
+        headers.insert(header::ETAG, weak);
+    }
+}
+
+/// All at once, at the same low levels.
+fn squeeze(coding: Coding, bytes: &[u8]) -> io::Result<Vec<u8>> {
+    match coding {
+        Coding::Gzip => {
+            let mut encoder = flate2::write::GzEncoder::new(Vec::with_capacity(bytes.len() / 3), flate2::Compression::new(3));
+            encoder.write_all(bytes)?;
+            encoder.finish()
+        }
+        Coding::Zstd => zstd::bulk::compress(bytes, 3),
+        Coding::Brotli => {
+            let params = brotli::enc::BrotliEncoderParams { quality: 3, size_hint: bytes.len(), ..Default::default() };
+            let mut out = Vec::with_capacity(bytes.len() / 3);
+            brotli::BrotliCompress(&mut &*bytes, &mut out, &params)?;
+            Ok(out)
+        }
+    }
 }
 
 fn may_shrink(compress: &Compress, asked: &HeaderMap, is_phps: bool, response: &Response<Content>) -> bool {
