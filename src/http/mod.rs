@@ -14,4 +14,5 @@ pub mod preflight;
 pub mod route;
 pub mod spill;
 pub mod stack;
+pub mod unread;
 pub mod variables;

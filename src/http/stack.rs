@@ -33,6 +33,7 @@ use super::{
     pace::Pace,
     route::{self, Asked, Lookup, Otherwise, Refusal, Script, Step, Target},
     spill::Buffers,
+    unread::Lent,
     variables::{Place, Variables, host_alone},
 };
 use crate::{
@@ -92,6 +93,7 @@ impl Worker {
 /// Answers one request, whatever it is.
 pub async fn serve(worker: Rc<Worker>, peer: Peer, request: Request<Incoming>) -> Response<Answer> {
     let (parts, body) = request.into_parts();
+    let (body, unread) = Lent::new(body);
     let (settings, sites) = {
         let snapshot = worker.dispatcher.store.load();
         (snapshot.settings.clone(), snapshot.sites.clone())
@@ -106,6 +108,9 @@ pub async fn serve(worker: Rc<Worker>, peer: Peer, request: Request<Incoming>) -
 
     let result = answer(&worker, &settings, &sites, &peer, &parts, body, &record).await;
     drop(sites);
+    if parts.version >= Version::HTTP_2 {
+        unread.read_away();
+    }
     let mut response = result.unwrap_or_else(|error| {
         finish.failed(&error);
         explain(&record, &error);
@@ -174,7 +179,7 @@ async fn answer(
     sites: &crate::model::SiteTable,
     peer: &Peer,
     parts: &Parts,
-    body: Incoming,
+    body: Lent,
     record: &Rc<Record>,
 ) -> Result<Response<Content>, Error> {
     // Before Host is judged: load balancers check health with any Host.
@@ -322,7 +327,7 @@ impl Asks<'_> {
         parts: &Parts,
         path: &[u8],
         query: Option<&str>,
-        body: Incoming,
+        body: Lent,
     ) -> Result<Response<Content>, Error> {
         // Before anything is done for a client that may not, or asks too often. What guards /admin guards /index.php/admin: to many front controllers that is the same.
         let behind = route::declared_script(self.site, path).map(|(_, info)| info).filter(|info| !info.is_empty());

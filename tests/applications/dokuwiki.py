@@ -204,6 +204,9 @@ def drive(r):
             for place in places * 2:
                 browser.open(place)
             check.figures = f"{2 * len(places)} pages"
+    with r.check("the browser has spoken HTTP/2 over TLS, and nothing else") as check:
+        same(list(browser.protocols), ["h2"], "protocols")
+        check.figures = f"{browser.protocols['h2']} answers"
     with r.check("DokuWiki's own check of its security") as check:
         holds(browser.as_expected, "the administration has not asked for the picture in /data")
         r.denials += browser.as_expected

@@ -255,8 +255,8 @@ class Client:
 class Browser:
     """Chromium that reaches nothing but this site, and remembers what went wrong on the pages it has seen."""
 
-    def __init__(self, folder, port):
-        self.base = f"http://127.0.0.1:{port}"
+    def __init__(self, folder, base):
+        self.base, self.protocols = base, {}
         self.requests, self.elsewhere, self.failed, self.console = 0, set(), [], []
         self.urls = {}
         self.expected, self.as_expected = None, 0
@@ -270,6 +270,8 @@ class Browser:
             "--lang=en-US",
             "--window-size=1300,1400",
             f"--user-data-dir={folder}/chromium",
+            # Nobody has signed the certificate of a round by https.
+            "--ignore-certificate-errors",
             "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
         ):
             options.add_argument(argument)
@@ -324,6 +326,9 @@ class Browser:
                 self.urls[event["requestId"]] = event["request"]["url"]
             elif message["method"] == "Network.responseReceived":
                 self.seen(event["response"]["url"], event["response"]["status"])
+                if event["response"]["url"].startswith(self.base) and not event["response"].get("fromDiskCache"):
+                    protocol = event["response"].get("protocol", "?")
+                    self.protocols[protocol] = self.protocols.get(protocol, 0) + 1
             elif message["method"] == "Network.loadingFailed" and not event.get("canceled"):
                 self.seen(self.urls.get(event["requestId"], "?"), event["errorText"])
         for entry in self.driver.get_log("browser"):
@@ -364,7 +369,8 @@ class Round:
             (self.folder / folder).mkdir(parents=True)
         self.shared = self.folder / "shared"
         self.port = free_port()
-        self.base = f"http://127.0.0.1:{self.port}"
+        # As its clients see it, and its browser.
+        self.base = self.seen_at = f"http://127.0.0.1:{self.port}"
 
     def version(self, package):
         return (self.unpacked / f".{package}").read_text().strip()
@@ -391,6 +397,12 @@ class Round:
         ops, fpm = free_port(), free_port()
         values = {"STATE": self.folder, "HTTP": self.port, "OPS": ops, "FPM": fpm}
         text = (HERE / f"{self.name}.toml").read_text()
+        if "{{HTTPS}}" in text:
+            values["HTTPS"] = free_port()
+            self.seen_at = f"https://127.0.0.1:{values['HTTPS']}"
+            made = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "90", "-subj", "/CN=127.0.0.1"]
+            files = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", self.folder / "tls.key", "-out", self.folder / "tls.crt"]
+            subprocess.run(["openssl", "req", *made, *files], check=True, capture_output=True)
         for name, value in values.items():
             text = text.replace("{{" + name + "}}", str(value))
         self.configuration = self.folder / "slackwater.toml"
@@ -406,7 +418,7 @@ class Round:
         with self.check("no client counts as gone before its answer ended"):
             # Until now every answer has been read to its end.
             same(self.slackwater.own_errors().get("client_left", 0), 0, "slackwater_errors_total of client_left")
-        self.browser = Browser(self.folder, self.port)
+        self.browser = Browser(self.folder, self.seen_at)
         self.stack.callback(self.browser.stop)
         return self.browser
 
