@@ -332,19 +332,16 @@ async fn watch_certificates(control: Arc<Control>) {
         let certificates = settings.certificates.iter().flat_map(|files| [files.certificate.clone(), files.key.clone()]);
         certificates.chain(settings.listen.tls_ticket_keys.iter().cloned()).collect()
     };
-    let mut before = (files(), look(&files()));
+    // What has changed between the first reading and this look is read once more; where nothing has, nothing comes of it.
+    let mut before = None;
     loop {
-        tokio::time::sleep(WATCH_EVERY).await;
         let files = files();
-        let now = (files.clone(), look(&files));
+        let now = Some((look(&files), files));
         if now != before {
-            // A reload that names other files has read them.
-            let is_renewed = now.0 == before.0;
             before = now;
-            if is_renewed {
-                let _ = control.changes.send(Change::Certificates).await;
-            }
+            let _ = control.changes.send(Change::Certificates).await;
         }
+        tokio::time::sleep(WATCH_EVERY).await;
     }
 }
 

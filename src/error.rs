@@ -33,6 +33,10 @@ pub enum Kind {
     UpgradeRefused,
     /// `maintenance`.
     Maintenance,
+    /// No PROXY header, or from one who is not trusted.
+    ProxyHeader,
+    /// TLS did not come about.
+    Handshake,
     /// `limit`, by rate.
     TooOften,
     /// `limit`, by number at once.
@@ -64,7 +68,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    pub const ALL: [Kind; 37] = [
+    pub const ALL: [Kind; 39] = [
         Kind::BadRequest,
         Kind::BadPath,
         Kind::UriTooLong,
@@ -81,6 +85,8 @@ impl Kind {
         Kind::ParamTooLong,
         Kind::UpgradeRefused,
         Kind::Maintenance,
+        Kind::ProxyHeader,
+        Kind::Handshake,
         Kind::TooOften,
         Kind::TooManyAtOnce,
         Kind::ClientLeft,
@@ -124,6 +130,8 @@ impl Kind {
             Kind::ParamTooLong => (431, "param_too_long", Client),
             Kind::UpgradeRefused => (501, "upgrade_refused", Client),
             Kind::Maintenance => (503, "maintenance", Us),
+            Kind::ProxyHeader => (400, "proxy_header", Client),
+            Kind::Handshake => (400, "handshake", Client),
             Kind::TooOften => (429, "too_often", Client),
             Kind::TooManyAtOnce => (429, "too_many_at_once", Client),
             Kind::ClientLeft => (499, "client_left", Client),

@@ -360,29 +360,3 @@ async fn an_http2_connection_ends_in_order_after_its_last_request_and_when_idle(
     let (_client, connection) = h2::client::handshake(stream).await.unwrap();
     tokio::time::timeout(Duration::from_secs(20), connection).await.expect("an idle connection stays open").unwrap();
 }
-
-/// What is answered before its body has come: a real client sees the answer, on HTTP/2 too.
-#[tokio::test(flavor = "multi_thread")]
-async fn an_early_answer_is_not_lost_on_http2() {
-    let fpm = ScriptedFpm::start(Behaviour::hello("blue")).await;
-    let toml = format!(
-        "[upstream.php.set.blue]\nendpoints = [\"{}\"]\n[[site]]\nroot = \"{{DIR}}\"\nphp_root = \"/app\"\nupstream = \"php\"\nbody_limit = \"1KiB\"",
-        fpm.address()
-    );
-    let proxy = Slackwater::start(&toml).await;
-    std::fs::write(proxy.folder().join("a.css"), "a {}").unwrap();
-    let large = "x".repeat(20_000);
-    for (path, body, status) in [("/a.css", "x", "405"), ("/none.php", "x", "404"), ("/index.php", large.as_str(), "413")] {
-        for nth in 0..40 {
-            let mut curl = tokio::process::Command::new("curl");
-            curl.args(["-sS", "-o", "/dev/null", "-w", "%{http_code}", "--max-time", "20", "--http2-prior-knowledge", "-d", body]);
-            let out = curl.arg(format!("http://{}{path}", proxy.http())).output().await.expect("curl (tests/run installs it)");
-            assert_eq!(
-                String::from_utf8_lossy(&out.stdout),
-                status,
-                "{path}, the {nth}th: {}",
-                String::from_utf8_lossy(&out.stderr)
-            );
-        }
-    }
-}

@@ -35,7 +35,13 @@ pub fn explain(config: &Config, url: &str) -> Result<String, String> {
     let mut query = uri.query().map(str::to_owned);
     let from = std::net::Ipv4Addr::LOCALHOST.into();
     let client = ClientInfo { address: from, port: 0, https, server_port: if https { 443 } else { 80 }, host: host.to_owned() };
-    let peer = Peer { remote: (from, 0).into(), local: (from, client.server_port).into(), tls: https, tls_before: false };
+    let peer = Peer {
+        remote: (from, 0).into(),
+        local: (from, client.server_port).into(),
+        tls: https,
+        tls_before: false,
+        is_untold: false,
+    };
     for _ in 0..10 {
         let headers = HeaderMap::new();
         let asked = Asked { method: &Method::GET, headers: &headers, preflight: None, query: query.as_deref(), from, https };

@@ -3,7 +3,10 @@
 //! A ticket is: the key's name, 16 bytes; a nonce, 12 bytes; the state under AES-256-GCM, with its tag. Key and name are derived from the file, so that any 48 bytes of
 //! randomness are good, and a file of Nginx's 80 bytes too.
 
-use std::fmt;
+use std::{
+    fmt,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use aws_lc_rs::{
     aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey},
@@ -14,7 +17,7 @@ use rustls::server::ProducesTickets;
 const NAME: usize = 16;
 /// Fewer random bytes than that are a mistake.
 const LEAST: usize = 48;
-/// So long clients may come back with one, in seconds: twice the time after which keys should be turned.
+/// So long clients may come back with one, in seconds: as long as a key is the first, by docs/tls.md.
 const LIFETIME: u32 = 24 * 3600;
 
 struct Key {
@@ -40,7 +43,8 @@ impl hkdf::KeyType for Length {
 }
 
 fn derive(file: &[u8]) -> Option<Key> {
-    if file.len() < LEAST {
+    // Zeros, or another byte for ever, are no secret.
+    if file.len() < LEAST || file.iter().all(|byte| Some(byte) == file.first()) {
         return None;
     }
     let secret = hkdf::Salt::new(hkdf::HKDF_SHA256, b"slackwater tickets").extract(file);
@@ -54,7 +58,7 @@ fn derive(file: &[u8]) -> Option<Key> {
 impl SharedTickets {
     /// `None`: a file is too short, or there is none.
     pub fn new(files: &[&[u8]]) -> Option<Self> {
-        let keys = files.iter().map(|file| derive(file)).collect::<Option<Vec<_>>>()?;
+        let keys = files.iter().map(|file| derive(file)).collect::<Option<Vec<Key>>>()?;
         (!keys.is_empty()).then_some(SharedTickets(keys))
     }
 }
@@ -72,7 +76,7 @@ impl ProducesTickets for SharedTickets {
         let key = self.0.first()?;
         let mut nonce = [0; NONCE_LEN];
         rand::fill(&mut nonce).ok()?;
-        let mut sealed = plain.to_vec();
+        let mut sealed = [&now().to_be_bytes(), plain].concat();
         key.cipher.seal_in_place_append_tag(Nonce::assume_unique_for_key(nonce), Aad::from(key.name), &mut sealed).ok()?;
         Some([key.name.as_slice(), &nonce, &sealed].concat())
     }
@@ -85,8 +89,16 @@ impl ProducesTickets for SharedTickets {
         let nonce = Nonce::assume_unique_for_key(nonce.try_into().ok()?);
         let length = key.cipher.open_in_place(nonce, Aad::from(key.name), &mut plain).ok()?.len();
         plain.truncate(length);
-        Some(plain)
+        // The time at which it was made: a key that nobody turns would make tickets for ever.
+        let (made, state) = plain.split_at_checked(8)?;
+        let age = now().saturating_sub(u64::from_be_bytes(made.try_into().ok()?));
+        (age <= u64::from(LIFETIME)).then(|| state.to_vec())
     }
+}
+
+/// Seconds since 1970.
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs())
 }
 
 #[cfg(test)]
@@ -95,7 +107,7 @@ mod tests {
 
     #[test]
     fn any_replica_reads_them_and_a_turned_key_still_does() {
-        let (old, new) = ([1; 80], [2; 80]);
+        let (old, new): ([u8; 80], [u8; 80]) = (std::array::from_fn(|i| i as u8), std::array::from_fn(|i| 200 - i as u8));
         let before = SharedTickets::new(&[&old]).unwrap();
         let ticket = before.encrypt(b"state").unwrap();
         assert_ne!(before.encrypt(b"state").unwrap(), ticket, "a nonce each");
@@ -110,6 +122,10 @@ mod tests {
             assert_eq!(before.decrypt(&forged), None, "byte {at}");
             assert_eq!(before.decrypt(&ticket[..at]), None);
         }
-        assert!(SharedTickets::new(&[&[0; 47]]).is_none() && SharedTickets::new(&[]).is_none());
+        assert!(
+            SharedTickets::new(&[&old[..47]]).is_none()
+                && SharedTickets::new(&[&[0; 80]]).is_none()
+                && SharedTickets::new(&[]).is_none()
+        );
     }
 }

@@ -61,7 +61,8 @@ pub fn load(settings: &Settings) -> Result<Option<Arc<Tls>>, Vec<Problem>> {
     let ticketer = match tickets(settings, &mut hash) {
         Ok(ticketer) => Some(ticketer),
         Err(Wrong(message, help)) => {
-            problems.push(Problem { file: Default::default(), line: 0, column: 0, message, help: help.map(str::to_owned) });
+            let (file, line, column) = settings.certificates.first().map(|files| files.at.clone()).unwrap_or_default();
+            problems.push(Problem { file, line, column, message, help: help.map(str::to_owned) });
             None
         }
     };
@@ -171,9 +172,10 @@ fn tickets(settings: &Settings, hash: &mut aws_lc_rs::digest::Context) -> Result
     }
     let keys: Vec<&[u8]> = keys.iter().map(|(_, bytes)| bytes.as_slice()).collect();
     let help = "each file holds 80 random bytes, as of `openssl rand 80`; the first encrypts, all decrypt";
-    SharedTickets::new(&keys)
-        .map(|tickets| Arc::new(tickets) as _)
-        .ok_or(Wrong("`listen.tls_ticket_keys`: a file has fewer than 48 bytes".to_owned(), Some(help)))
+    SharedTickets::new(&keys).map(|tickets| Arc::new(tickets) as _).ok_or(Wrong(
+        "`listen.tls_ticket_keys`: a file has fewer than 48 bytes, or the same byte throughout".to_owned(),
+        Some(help),
+    ))
 }
 
 /// By the name that the client asks for: exact, else with its first label as a star, else the first certificate.

@@ -21,7 +21,7 @@ use tokio_rustls::TlsAcceptor;
 use tower::Service;
 
 use super::{
-    io::{Io, Progress, Stage, Stream},
+    io::{Io, Progress, Stage, Stream, Watched},
     proxy_protocol,
     registry::Registry,
     sniff::{self, Protocol},
@@ -73,13 +73,14 @@ where
         if peer.tls || settings.listen.proxy_protocol {
             progress.enter(Stage::Head);
         }
-        let opening = open(stream, peer, &settings);
+        let opening = open(Watched::new(stream, progress.clone()), peer, &settings);
         tokio::pin!(opening);
         under_deadlines(&context, &settings, &progress, |cx| opening.as_mut().poll(cx)).await
     };
     let (stream, peer) = match opened {
         Ok(Ok(opened)) => opened,
-        Ok(Err(error)) => return tracing::debug!(peer = %peer.remote, %error, "a connection ended before it was one"),
+        Ok(Err(None)) => return,
+        Ok(Err(Some(error))) => return (context.refused)(&peer, &error),
         Err(end) => return tracing::debug!(peer = %peer.remote, ?end, "a connection ended before it was one"),
     };
     progress.enter(Stage::Idle);
@@ -209,21 +210,29 @@ where
 }
 
 /// What stands before HTTP: a PROXY header, TLS.
-async fn open(mut stream: TcpStream, mut peer: Peer, settings: &Settings) -> std::io::Result<(Stream, Peer)> {
+async fn open(mut stream: Watched, mut peer: Peer, settings: &Settings) -> Result<(Stream, Peer), Option<Error>> {
+    // Who leaves without a word has asked for nothing: a load balancer that looks whether the port is open.
+    let refused = |kind, error: std::io::Error| {
+        (error.kind() != std::io::ErrorKind::UnexpectedEof).then(|| Error::new(kind, error.to_string()))
+    };
     if settings.listen.proxy_protocol {
         let from = peer.remote.ip().to_canonical();
         if !settings.listen.trusted_proxies.iter().any(|net| net.contains(&from)) {
-            return Err(std::io::Error::other("proxy_protocol is required, and this peer is no trusted proxy"));
+            let why = std::io::Error::other("proxy_protocol is required, and this peer is no trusted proxy");
+            return Err(refused(Kind::ProxyHeader, why));
         }
-        if let Some((remote, local)) = proxy_protocol::read(&mut stream).await? {
-            peer = Peer { remote, local, tls_before: local.port() == 443, ..peer };
+        match proxy_protocol::read(stream.tcp()).await.map_err(|error| refused(Kind::ProxyHeader, error))? {
+            Some((remote, local)) => peer = Peer { remote, local, tls_before: local.port() == 443, ..peer },
+            // What follows is nobody's word, whatever it says of a client.
+            None => peer.is_untold = true,
         }
     }
     if !peer.tls {
         return Ok((Stream::Plain(stream), peer));
     }
-    let Some(tls) = &settings.tls else { return Err(std::io::Error::other("there is no certificate")) };
-    let stream = TlsAcceptor::from(tls.server.clone()).accept(stream).await?;
+    let Some(tls) = &settings.tls else { return Err(Some(Error::new(Kind::Handshake, "there is no certificate"))) };
+    let accepted = TlsAcceptor::from(tls.server.clone()).accept(stream).await;
+    let stream = accepted.map_err(|error| refused(Kind::Handshake, error))?;
     Ok((Stream::Tls(Box::new(stream)), peer))
 }
 
@@ -309,7 +318,8 @@ async fn finish(context: &Shared, peer: &Peer, progress: &Progress, end: End, mu
         End::Idle => {
             // A request that crosses our FIN is read and not reset; the peer sees an orderly end.
             progress.leaving.set(context.phase.get() >= Phase::Draining);
-            let _ = io.shutdown().await;
+            // TLS may still hold what the client does not take.
+            let _ = tokio::time::timeout((context.settings)().listen.stall_timeout, io.shutdown()).await;
             return;
         }
         End::Cut => return,

@@ -1,4 +1,4 @@
-//! The wrapper around a client's stream: it notes progress for the deadlines of its connection, finds an endless request line, and closes
+//! The wrappers around a client's stream: they note progress for the deadlines of its connection, finds an endless request line, and closes
 //! so that the client still reads the last answer.
 
 use std::{
@@ -130,18 +130,68 @@ impl Progress {
     }
 }
 
+/// The socket, and what its peer takes: below TLS, which has a buffer of its own and would take everything at once.
+#[derive(Debug)]
+pub struct Watched {
+    tcp: TcpStream,
+    progress: Rc<Progress>,
+}
+
+impl Watched {
+    pub fn new(tcp: TcpStream, progress: Rc<Progress>) -> Self {
+        Watched { tcp, progress }
+    }
+
+    /// For what stands before everything else.
+    pub fn tcp(&mut self) -> &mut TcpStream {
+        &mut self.tcp
+    }
+}
+
+impl AsyncRead for Watched {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.tcp).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Watched {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let result = Pin::new(&mut self.tcp).poll_write(cx, buf);
+        self.progress.sent(buf.len(), &result);
+        result
+    }
+
+    fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        let result = Pin::new(&mut self.tcp).poll_write_vectored(cx, bufs);
+        self.progress.sent(bufs.iter().map(|b| b.len()).sum(), &result);
+        result
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.tcp).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.tcp).poll_shutdown(cx)
+    }
+}
+
 /// What a client speaks through.
 #[derive(Debug)]
 pub enum Stream {
-    Plain(TcpStream),
-    Tls(Box<TlsStream<TcpStream>>),
+    Plain(Watched),
+    Tls(Box<TlsStream<Watched>>),
 }
 
 impl Stream {
     fn tcp(&self) -> &TcpStream {
         match self {
-            Stream::Plain(tcp) => tcp,
-            Stream::Tls(tls) => tls.get_ref().0,
+            Stream::Plain(watched) => &watched.tcp,
+            Stream::Tls(tls) => &tls.get_ref().0.tcp,
         }
     }
 }
@@ -244,15 +294,11 @@ impl AsyncRead for Io {
 
 impl AsyncWrite for Io {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let result = either!(&mut self.stream, inner => inner.poll_write(cx, buf));
-        self.progress.sent(buf.len(), &result);
-        result
+        either!(&mut self.stream, inner => inner.poll_write(cx, buf))
     }
 
     fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
-        let result = either!(&mut self.stream, inner => inner.poll_write_vectored(cx, bufs));
-        self.progress.sent(bufs.iter().map(|b| b.len()).sum(), &result);
-        result
+        either!(&mut self.stream, inner => inner.poll_write_vectored(cx, bufs))
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -238,7 +238,7 @@ impl Acceptor {
         };
         let Ok(local) = stream.local_addr() else { return };
         let _ = stream.set_nodelay(true);
-        let peer = Peer { remote, local, tls: self.caps.borrow().tls.contains(&address), tls_before: false };
+        let peer = Peer { remote, local, tls: self.caps.borrow().tls.contains(&address), tls_before: false, is_untold: false };
         match &self.sink {
             Sink::Here(take) => take(stream, peer, permit),
             Sink::Workers(workers) => {

@@ -26,8 +26,8 @@ pub enum Content {
 #[derive(Clone, Copy, Debug)]
 pub struct AsItComes;
 
-/// So many pieces of a compressed answer in one go; then the worker looks after others.
-const PIECES_AT_ONCE: u8 = 8;
+/// So many pieces of a compressed answer in one go, some KiB each; then the worker looks after others.
+const PIECES_AT_ONCE: u8 = 1;
 
 impl Content {
     /// All of it, where it is all here.
@@ -108,7 +108,8 @@ impl Answer {
             self.pieces += 1;
             if self.pieces > PIECES_AT_ONCE {
                 self.pieces = 0;
-                cx.waker().wake_by_ref();
+                // Not a plain wake: that would come before what the sockets have to say.
+                let _ = std::pin::pin!(tokio::task::yield_now()).poll(cx);
                 return Poll::Pending;
             }
         }

@@ -155,8 +155,13 @@ mod tests {
             .body(())
             .unwrap()
             .into_parts();
-        let peer =
-            Peer { remote: ([192, 0, 2, 1], 40_000).into(), local: ([10, 0, 0, 1], 8080).into(), tls: false, tls_before: false };
+        let peer = Peer {
+            remote: ([192, 0, 2, 1], 40_000).into(),
+            local: ([10, 0, 0, 1], 8080).into(),
+            tls: false,
+            tls_before: false,
+            is_untold: false,
+        };
         let client = ClientInfo {
             address: [192, 0, 2, 7].into(),
             port: 0,

@@ -11,6 +11,8 @@ pub struct Peer {
     pub tls: bool,
     /// A PROXY header says that its client came to port 443: TLS has ended at the proxy.
     pub tls_before: bool,
+    /// It had to say who its client is, and did not: neither do headers.
+    pub is_untold: bool,
 }
 
 /// What PHP and the access log are told about the client, after `trusted_proxies` has been applied.

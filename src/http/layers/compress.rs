@@ -7,7 +7,7 @@ use std::{
     io::{self, Write},
 };
 
-use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header, request::Parts};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header, request::Parts};
 use http_body::Body;
 use tokio::runtime::Handle;
 use tower::{Layer, ServiceExt, service_fn};
@@ -32,6 +32,10 @@ pub async fn shrunk(
     mut response: Response<Content>,
 ) -> Response<Content> {
     if !may_shrink(compress, &parts.headers, is_phps, &response) {
+        // As it would be with the answer in full (RFC 9110, section 15.4.5).
+        if response.status() == StatusCode::NOT_MODIFIED || parts.method == Method::HEAD {
+            vary(response.headers_mut());
+        }
         return response;
     }
     // Also where this client takes none: the next one may.
@@ -97,6 +101,10 @@ fn may_shrink(compress: &Compress, asked: &HeaderMap, is_phps: bool, response: &
     let headers = response.headers();
     let is_whole = !matches!(response.status(), StatusCode::PARTIAL_CONTENT | StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
     if !is_whole || response.body().is_over() || headers.contains_key(header::CONTENT_ENCODING) {
+        return false;
+    }
+    // It would not be true any more.
+    if ["content-md5", "digest", "content-digest", "repr-digest"].iter().any(|name| headers.contains_key(*name)) {
         return false;
     }
     // What is to come as it is written must not wait in an encoder.

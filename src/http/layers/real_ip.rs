@@ -42,7 +42,7 @@ pub fn client(peer: &Peer, tls: bool, headers: &HeaderMap, host: &str, trusted_p
         server_port: peer.local.port(),
         host: host.to_owned(),
     };
-    if !is_trusted(direct.address, trusted_proxies) {
+    if peer.is_untold || !is_trusted(direct.address, trusted_proxies) {
         return direct;
     }
     let x_forwarded = [X_FORWARDED_FOR, X_FORWARDED_PROTO, X_FORWARDED_HOST, X_FORWARDED_PORT];
@@ -221,7 +221,13 @@ mod tests {
     use super::*;
 
     fn ask(remote: &str, headers: &[(&str, &str)]) -> ClientInfo {
-        let peer = Peer { remote: remote.parse().unwrap(), local: "10.0.0.2:8080".parse().unwrap(), tls: false, tls_before: false };
+        let peer = Peer {
+            remote: remote.parse().unwrap(),
+            local: "10.0.0.2:8080".parse().unwrap(),
+            tls: false,
+            tls_before: false,
+            is_untold: false,
+        };
         let map = headers.iter().map(|(name, value)| (name.parse::<HeaderName>().unwrap(), value.parse().unwrap())).collect();
         let trusted = ["10.0.0.0/8".parse().unwrap(), "fd00::/8".parse().unwrap()];
         client(&peer, false, &map, "site.test", &trusted)
