@@ -443,3 +443,70 @@ async fn an_early_answer_is_not_lost_on_http2() {
         }
     }
 }
+
+/// Ends with the test.
+struct Haproxy(std::process::Child);
+
+impl Drop for Haproxy {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// HAProxy as the load balancer: both versions, before HTTP and before TLS, and its health checks, of which the second version says LOCAL.
+#[tokio::test(flavor = "multi_thread")]
+async fn haproxy_tells_its_clients_and_checks_health() {
+    let fpm = ScriptedFpm::start(Behaviour::hello("blue")).await;
+    let folder = tempfile::tempdir().unwrap();
+    let der = make(folder.path(), "a", &["a.example"]);
+    let listen = format!("{BOTH}\nproxy_protocol = \"required\"\ntrusted_proxies = [\"127.0.0.1\"]\nhealth_path = \"/healthz\"");
+    let proxy = Slackwater::start(&toml(&fpm, &listen, &certificate(folder.path(), "a"))).await;
+    let [v1, v2, tls] = std::array::from_fn(|_| support::ports::free_address());
+    let (http_address, https_address) = (proxy.http(), proxy.https());
+    let conf = format!(
+        "defaults\n mode tcp\n timeout connect 5s\n timeout client 20s\n timeout server 20s\n\
+         listen v1\n bind {v1}\n option httpchk GET /healthz\n server a {http_address} send-proxy check check-send-proxy inter 200ms fall 1\n\
+         listen v2\n bind {v2}\n option httpchk GET /healthz\n server a {http_address} send-proxy-v2 check check-send-proxy inter 200ms fall 1\n\
+         listen tls\n bind {tls}\n server a {https_address} send-proxy-v2 check inter 200ms fall 1\n"
+    );
+    let path = folder.path().join("haproxy.cfg");
+    std::fs::write(&path, conf).unwrap();
+    let mut command = std::process::Command::new("/usr/sbin/haproxy");
+    command.arg("-db").arg("-f").arg(&path).stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null());
+    command.stderr(std::process::Stdio::null());
+    let _haproxy = Haproxy(support::children::spawn(command, libc::SIGKILL).expect("haproxy (tests/run installs it)"));
+    eventually("it listens", async || match TcpStream::connect(tls).await {
+        Ok(_) => Ok(()),
+        Err(error) => Err(error.to_string()),
+    })
+    .await;
+    // From an address that is not the proxy's own, several times: a failed check would take the server away.
+    let since = Instant::now();
+    while since.elapsed() < Duration::from_secs(2) {
+        for (address, host) in [(v1, "127.0.0.7"), (v2, "127.0.0.8")] {
+            let socket = tokio::net::TcpSocket::new_v4().unwrap();
+            socket.bind(format!("{host}:0").parse().unwrap()).unwrap();
+            let mut connection = Connection::over(socket.connect(address).await.unwrap());
+            assert_eq!(connection.get("/who").await.unwrap().text(), "blue hello\n");
+            assert_eq!(fpm.requests().last().unwrap().param("REMOTE_ADDR").as_deref(), Some(host));
+        }
+    }
+    let config = client(&[&der], &["http/1.1"]);
+    let stream = TlsConnector::from(config);
+    let tcp = TcpStream::connect(tls).await.unwrap();
+    let stream = stream.connect(ServerName::try_from("a.example").unwrap(), tcp).await.unwrap();
+    assert_eq!(get(stream, "a.example", "/tls").await.status, 200);
+    assert_eq!(fpm.requests().last().unwrap().param("HTTPS").as_deref(), Some("on"));
+
+    // h2load, without a header: straight to a proxy of its own.
+    let proxy = Slackwater::start(&toml(&fpm, BOTH, &certificate(folder.path(), "a"))).await;
+    // Without --h1 it takes h2 where the server has it.
+    for protocol in [&[][..], &["--h1"]] {
+        let mut h2load = tokio::process::Command::new("h2load");
+        h2load.args(["-n", "500", "-c", "10", "-m", "10"]).args(protocol).arg(format!("https://{}/load", proxy.https()));
+        let out = h2load.output().await.expect("h2load (tests/run installs it)");
+        let text = String::from_utf8_lossy(&out.stdout);
+        assert!(text.contains("500 succeeded, 0 failed, 0 errored, 0 timeout") && text.contains("500 2xx"), "{protocol:?}: {text}");
+    }
+}

@@ -36,6 +36,10 @@ pub async fn shrunk(
         if response.status() == StatusCode::NOT_MODIFIED || parts.method == Method::HEAD {
             vary(response.headers_mut());
         }
+        // Who has the compressed answer asks with its tag, and a cache renews what has that tag alone (RFC 9111, section 4.3.4).
+        if response.status() == StatusCode::NOT_MODIFIED && asks_weakly(&parts.headers, response.headers()) {
+            weaken(response.headers_mut());
+        }
         return response;
     }
     // Also where this client takes none: the next one may.
@@ -68,6 +72,16 @@ pub async fn shrunk(
         weaken(response.headers_mut());
     }
     response
+}
+
+/// Whether the answer's tag is asked for as a weak one.
+fn asks_weakly(asked: &HeaderMap, headers: &HeaderMap) -> bool {
+    let Some(tag) = headers.get(header::ETAG).map(HeaderValue::as_bytes).filter(|tag| !tag.starts_with(b"W/")) else {
+        return false;
+    };
+    let weak = [b"W/", tag].concat();
+    let mut lines = asked.get_all(header::IF_NONE_MATCH).iter();
+    lines.any(|line| memchr::memmem::find(line.as_bytes(), &weak).is_some())
 }
 
 /// Two codings of one thing are not the same bytes (RFC 9110, section 8.8.3.3).
