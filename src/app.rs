@@ -153,6 +153,7 @@ pub fn run(path: &Path) -> Result<u8, String> {
         files,
         heartbeats,
         control: control.clone(),
+        counts: counts.clone(),
     });
     let (command_sender, commands) = mpsc::channel(16);
     let mut commands = Some(commands);
@@ -355,6 +356,7 @@ struct WorkerParts {
     files: Files,
     heartbeats: Arc<[AtomicU64]>,
     control: Arc<Control>,
+    counts: Arc<Counts>,
 }
 
 type Acceptor = (mpsc::Receiver<Command>, Arc<Counts>, Caps);
@@ -388,6 +390,7 @@ async fn worker(
             let sinks = sinks.clone();
             Box::new(move |peer: &Peer, error: &Error| sinks.refused(peer, error))
         },
+        counts: parts.counts.clone(),
     });
     tokio::task::spawn_local(dispatcher.clone().sweep());
     tokio::task::spawn_local(do_tasks(tasks, dispatcher, registry, sinks.clone()));

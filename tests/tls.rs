@@ -339,6 +339,17 @@ async fn a_proxy_header_says_who_the_client_is() {
     let _ = stranger.read_to_end(&mut answer).await;
     assert!(answer.is_empty());
     assert_eq!(http::get(proxy.ops(), "/readyz").await.unwrap().status, 200);
+    // The cap is for whom the header names.
+    let capped = format!("{listen}\nmax_connections_per_address = 2");
+    let limited = Slackwater::start(&toml(&fpm, &capped, &certificate(folder.path(), "a"))).await;
+    let mut open = Vec::new();
+    for (from, answered) in [("192.0.2.1", true), ("192.0.2.1", true), ("192.0.2.1", false), ("192.0.2.2", true)] {
+        let mut connection = Connection::<TcpStream>::open(limited.http()).await.unwrap();
+        connection.send(format!("PROXY TCP4 {from} 203.0.113.1 50000 80\r\n")).await.unwrap();
+        assert_eq!(connection.get("/capped").await.is_ok(), answered, "{from}");
+        open.push(connection);
+    }
+    drop(open);
     assert!(proxy.metric(&["slackwater_errors_total", "proxy_header"]).await.unwrap() >= 3.0);
 
     // Before TLS, and by curl.

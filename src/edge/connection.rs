@@ -22,6 +22,7 @@ use tower::Service;
 
 use super::{
     io::{Io, Progress, Stage, Stream, Watched},
+    listener::Counts,
     proxy_protocol,
     registry::Registry,
     sniff::{self, Protocol},
@@ -55,6 +56,7 @@ pub struct Shared {
     pub settings: Box<dyn Fn() -> Arc<Settings>>,
     /// Told of each request that was refused before it reached the service.
     pub refused: Refused,
+    pub counts: Arc<Counts>,
 }
 
 /// Serves one accepted connection to its end. `service` is told who the peer is, once a PROXY header has said so.
@@ -84,6 +86,14 @@ where
         Err(end) => return tracing::debug!(peer = %peer.remote, ?end, "a connection ended before it was one"),
     };
     progress.enter(Stage::Idle);
+    // Who connects was a trusted proxy, and exempt: the cap is for whom it has told.
+    let _counted = match settings.listen.max_connections_per_address.filter(|_| settings.listen.proxy_protocol && !peer.is_untold) {
+        None => None,
+        Some(max) => match context.counts.take_address(peer.remote.ip().to_canonical(), max) {
+            Some(counted) => Some(counted),
+            None => return tracing::info!(peer = %peer.remote, "max_connections_per_address reached; connection closed"),
+        },
+    };
     let chosen = match &stream {
         Stream::Plain(_) => None,
         Stream::Tls(tls) => {

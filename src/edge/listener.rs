@@ -98,15 +98,7 @@ impl Counts {
 
     fn take(self: &Arc<Self>, address: IpAddr, caps: &Caps) -> Option<Permit> {
         let counted = match caps.per_address {
-            Some(max) if !caps.trusted.iter().any(|net| net.contains(&address)) => {
-                let mut map = self.by_address.lock().unwrap_or_else(PoisonError::into_inner);
-                let count = map.entry(address).or_default();
-                if *count >= max {
-                    return None;
-                }
-                *count += 1;
-                Some(address)
-            }
+            Some(max) if !caps.trusted.iter().any(|net| net.contains(&address)) => Some(self.take_address(address, max)?),
             _ => None,
         };
         let worker = self.fewest();
@@ -114,7 +106,37 @@ impl Counts {
             count.fetch_add(1, Ordering::Relaxed);
         }
         self.open.add();
-        Some(Permit { counts: self.clone(), worker, address: counted })
+        Some(Permit { counts: self.clone(), worker, _address: counted })
+    }
+
+    /// One more of this address; `None` where it has `max` already. Also for an address that a PROXY header has told.
+    pub fn take_address(self: &Arc<Self>, address: IpAddr, max: usize) -> Option<AddressPermit> {
+        let mut map = self.by_address.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = map.entry(address).or_default();
+        if *count >= max {
+            return None;
+        }
+        *count += 1;
+        Some(AddressPermit { counts: self.clone(), address })
+    }
+}
+
+/// One connection of an address.
+#[derive(Debug)]
+pub struct AddressPermit {
+    counts: Arc<Counts>,
+    address: IpAddr,
+}
+
+impl Drop for AddressPermit {
+    fn drop(&mut self) {
+        let mut map = self.counts.by_address.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = map.get_mut(&self.address) {
+            *count -= 1;
+            if *count == 0 {
+                map.remove(&self.address);
+            }
+        }
     }
 }
 
@@ -123,22 +145,13 @@ impl Counts {
 pub struct Permit {
     counts: Arc<Counts>,
     pub worker: usize,
-    address: Option<IpAddr>,
+    _address: Option<AddressPermit>,
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
         if let Some(count) = self.counts.workers.get(self.worker) {
             count.fetch_sub(1, Ordering::Relaxed);
-        }
-        if let Some(address) = self.address {
-            let mut map = self.counts.by_address.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(count) = map.get_mut(&address) {
-                *count -= 1;
-                if *count == 0 {
-                    map.remove(&address);
-                }
-            }
         }
         self.counts.open.remove();
     }

@@ -81,10 +81,6 @@ fn listen(mut t: Reader<'_>) -> Listen {
         t.report.problem(t.place("http"), "without an address nothing is served", Some(help));
     }
     let proxy_protocol = t.read("proxy_protocol", false, |v| v.one_of(&[("off", false), ("required", true)]));
-    if proxy_protocol && t.has("max_connections_per_address") {
-        let message = "`max_connections_per_address` counts those who connect, which are trusted proxies and exempt: with `proxy_protocol` it limits nobody";
-        t.report.warn(t.place("max_connections_per_address"), message);
-    }
     let listen = Listen {
         http,
         https,
