@@ -44,13 +44,13 @@ pub fn load(settings: &Settings) -> Result<Option<Arc<Tls>>, Vec<Problem>> {
     let mut hash = aws_lc_rs::digest::Context::new(&aws_lc_rs::digest::SHA256);
     for files in &settings.certificates {
         match read(files, &mut hash) {
-            Ok((hosts, key, not_after)) => {
+            Ok((certificate, key)) => {
                 let key = Arc::new(key);
-                for host in &hosts {
+                for host in &certificate.hosts {
                     resolver.add(host, &key);
                 }
                 resolver.default.get_or_insert(key);
-                certificates.push(Certificate { hosts, file: files.certificate.clone(), not_after });
+                certificates.push(certificate);
             }
             Err(Wrong(message, help)) => {
                 let (file, line, column) = files.at.clone();
@@ -91,7 +91,12 @@ pub fn warnings(tls: &Tls, now: SystemTime) -> Vec<String> {
             Ok(_) => None,
         }
     };
-    tls.certificates.iter().filter_map(said).collect()
+    // Perhaps somebody knows better, as behind a client that does not look: it is served all the same.
+    let foreign = |certificate: &Certificate| {
+        let (file, hosts) = (certificate.file.display(), certificate.foreign.join(", "));
+        (!hosts.is_empty()).then(|| format!("the certificate {file} is not for {hosts}: browsers refuse it there"))
+    };
+    tls.certificates.iter().flat_map(|certificate| [said(certificate), foreign(certificate)]).flatten().collect()
 }
 
 fn slurp(path: &Path, hash: &mut aws_lc_rs::digest::Context) -> Result<Vec<u8>, Wrong> {
@@ -101,7 +106,7 @@ fn slurp(path: &Path, hash: &mut aws_lc_rs::digest::Context) -> Result<Vec<u8>, 
     Ok(bytes)
 }
 
-fn read(files: &CertificateFiles, hash: &mut aws_lc_rs::digest::Context) -> Result<(Vec<String>, CertifiedKey, SystemTime), Wrong> {
+fn read(files: &CertificateFiles, hash: &mut aws_lc_rs::digest::Context) -> Result<(Certificate, CertifiedKey), Wrong> {
     let CertificateFiles { hosts, certificate, key, .. } = files;
     let pem = slurp(certificate, hash)?;
     let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(&pem)
@@ -116,12 +121,7 @@ fn read(files: &CertificateFiles, hash: &mut aws_lc_rs::digest::Context) -> Resu
     let not_after = u64::try_from(parsed.validity().not_after.timestamp()).unwrap_or_default();
     let own = names(&parsed);
     let hosts = if hosts.is_empty() { own.clone() } else { hosts.clone() };
-    for host in &hosts {
-        if !own.iter().any(|name| covers(name, host)) {
-            let message = format!("{} is not for {host}, but for {}", certificate.display(), own.join(", "));
-            return Err(Wrong(message, Some("name the hosts that the certificate is for, or none for all of them")));
-        }
-    }
+    let foreign = hosts.iter().filter(|host| !own.iter().any(|name| covers(name, host))).cloned().collect();
     let pem = slurp(key, hash)?;
     let key_der = PrivateKeyDer::from_pem_slice(&pem).map_err(|error| {
         Wrong(format!("{} holds no private key: {error}", key.display()), Some("write it in PEM, without a password"))
@@ -133,7 +133,8 @@ fn read(files: &CertificateFiles, hash: &mut aws_lc_rs::digest::Context) -> Resu
         }
         error => Wrong::new(format!("{} cannot be used: {error}", key.display())),
     })?;
-    Ok((hosts, certified, UNIX_EPOCH + Duration::from_secs(not_after)))
+    let not_after = UNIX_EPOCH + Duration::from_secs(not_after);
+    Ok((Certificate { hosts, file: certificate.clone(), not_after, foreign }, certified))
 }
 
 /// DNS names and addresses that the certificate is for.

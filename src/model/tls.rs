@@ -36,4 +36,6 @@ pub struct Certificate {
     pub hosts: Vec<String>,
     pub file: PathBuf,
     pub not_after: SystemTime,
+    /// Those of `hosts` that it is not for.
+    pub foreign: Vec<String>,
 }
