@@ -171,7 +171,7 @@ pub fn load(path: &Path, env: &dyn Fn(&str) -> Option<String>) -> Result<Config,
     let mut settings = (*config.settings).clone();
     settings.tls = tls::load(&settings)?;
     if let Some(tls) = &settings.tls {
-        config.warnings.extend(tls::warnings(tls, SystemTime::now()));
+        config.warnings.extend(tls::warnings(&tls.certificates, SystemTime::now()));
     }
     config.settings = Arc::new(settings);
 

@@ -349,7 +349,7 @@ impl Reconciler {
         if loaded == self.config.settings.tls {
             return;
         }
-        for warning in loaded.iter().flat_map(|tls| tls::warnings(tls, SystemTime::now())) {
+        for warning in loaded.iter().flat_map(|tls| tls::warnings(&tls.certificates, SystemTime::now())) {
             tracing::warn!("{warning}");
         }
         let mut settings = (*self.config.settings).clone();

@@ -80,7 +80,7 @@ pub fn status(control: &Control) -> Value {
         .chain(not_asked)
         .chain(told.cluster.iter().cloned())
         .chain(told.unsaved.clone())
-        .chain(snapshot.settings.tls.iter().flat_map(|tls| tls::warnings(tls, SystemTime::now())))
+        .chain(snapshot.settings.tls.iter().flat_map(|tls| tls::warnings(&tls.certificates, SystemTime::now())))
         .chain(told.warnings.iter().cloned())
         .collect();
     json!({

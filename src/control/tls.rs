@@ -80,7 +80,7 @@ pub fn load(settings: &Settings) -> Result<Option<Arc<Tls>>, Vec<Problem>> {
 }
 
 /// Warnings for certificates that have ended or soon will.
-pub fn warnings(tls: &Tls, now: SystemTime) -> Vec<String> {
+pub fn warnings(certificates: &[Certificate], now: SystemTime) -> Vec<String> {
     let said = |certificate: &Certificate| {
         let (file, hosts) = (certificate.file.display(), certificate.hosts.join(", "));
         match certificate.not_after.duration_since(now) {
@@ -96,7 +96,7 @@ pub fn warnings(tls: &Tls, now: SystemTime) -> Vec<String> {
         let (file, hosts) = (certificate.file.display(), certificate.foreign.join(", "));
         (!hosts.is_empty()).then(|| format!("the certificate {file} is not for {hosts}: browsers refuse it there"))
     };
-    tls.certificates.iter().flat_map(|certificate| [said(certificate), foreign(certificate)]).flatten().collect()
+    certificates.iter().flat_map(|certificate| [said(certificate), foreign(certificate)]).flatten().collect()
 }
 
 fn slurp(path: &Path, hash: &mut aws_lc_rs::digest::Context) -> Result<Vec<u8>, Wrong> {
@@ -208,6 +208,21 @@ impl ResolvesServerCert for BySni {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_ends_soon_or_is_for_others_is_warned_of() {
+        let now = SystemTime::now();
+        let warned = |days: i64, foreign: &[&str]| {
+            let away = Duration::from_secs(days.unsigned_abs() * 86_400 + 60);
+            let not_after = if days < 0 { now - away } else { now + away };
+            let foreign = foreign.iter().map(|host| (*host).to_owned()).collect();
+            warnings(&[Certificate { hosts: vec!["a.example".into()], file: "/a.crt".into(), not_after, foreign }], now)
+        };
+        assert_eq!(warned(22, &[]), Vec::<String>::new());
+        assert_eq!(warned(20, &[]), ["the certificate /a.crt (a.example) expires in 20 days"]);
+        assert_eq!(warned(-1, &[]), ["the certificate /a.crt (a.example) has expired: browsers refuse it"]);
+        assert_eq!(warned(90, &["b.example"]), ["the certificate /a.crt is not for b.example: browsers refuse it there"]);
+    }
 
     #[test]
     fn a_star_is_one_label() {
