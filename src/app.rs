@@ -84,7 +84,7 @@ pub fn run(path: &Path) -> Result<u8, String> {
         .map_err(|problems| problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))?;
     let settings = config.settings.clone();
     let log = Arc::new(crate::telemetry::tracing::init(settings.log.format, &settings.log.level)?);
-    for warning in &config.warnings {
+    for warning in config.warnings_now() {
         tracing::warn!("{warning}");
     }
     let mut state = match &settings.state {

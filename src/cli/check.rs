@@ -42,7 +42,7 @@ fn check(
             return Ok(false);
         }
     };
-    for warning in &config.warnings {
+    for warning in config.warnings_now() {
         writeln!(err, "warning: {warning}")?;
     }
     for (name, upstream) in &config.upstreams {

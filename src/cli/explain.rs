@@ -6,9 +6,13 @@ use crate::{
     control::config::Config,
     http::{
         route::{self, Asked, Index, Lookup, Otherwise, Script, Step, Target},
-        variables::{Place, Variables, host_alone},
+        variables::{Place, Variables},
     },
-    model::{Peer, Route, Site, peer::ClientInfo, rules::Action},
+    model::{
+        Peer, Route, Site,
+        peer::{ClientInfo, without_port},
+        rules::Action,
+    },
 };
 
 /// A GET without headers, from this machine.
@@ -23,7 +27,7 @@ pub fn explain(config: &Config, url: &str) -> Result<String, String> {
     let (https, host) = (scheme == "https", authority.as_str());
     let mut lines = Vec::new();
     let Some(site) = route::site(&config.sites, host) else {
-        return Ok(format!("421: no site has the host {}, and none is without `hosts`\n", host_alone(host)));
+        return Ok(format!("421: no site has the host {}, and none is without `hosts`\n", without_port(host)));
     };
     lines.push(format!("site    {}", site.name));
     let request = Request::get(&uri).body(()).map_err(|error| error.to_string())?;

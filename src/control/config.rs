@@ -80,6 +80,12 @@ impl UpstreamConfig {
 }
 
 impl Config {
+    /// What the files say, and how it stands with the certificates now.
+    pub fn warnings_now(&self) -> Vec<String> {
+        let certificates = self.settings.tls.iter().flat_map(|tls| tls::warnings(&tls.certificates, SystemTime::now()));
+        self.warnings.iter().cloned().chain(certificates).collect()
+    }
+
     /// Every site once: those with hosts by name, then the default.
     pub fn all_sites(&self) -> Vec<&Arc<Site>> {
         let mut sites: Vec<&Arc<Site>> = Vec::new();
@@ -170,9 +176,6 @@ pub fn load(path: &Path, env: &dyn Fn(&str) -> Option<String>) -> Result<Config,
 
     let mut settings = (*config.settings).clone();
     settings.tls = tls::load(&settings)?;
-    if let Some(tls) = &settings.tls {
-        config.warnings.extend(tls::warnings(&tls.certificates, SystemTime::now()));
-    }
     config.settings = Arc::new(settings);
 
     // What is on disk is only worth a warning: `check` may run where the release is not.

@@ -14,7 +14,10 @@ use bytes::BytesMut;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Version, header};
 
 use super::record::{PairTooLong, ParamsWriter};
-use crate::error::{Error, Kind};
+use crate::{
+    error::{Error, Kind},
+    model::peer::without_port,
+};
 
 /// What PHP is to run. The two file names are FPM's, which may see other folders than the proxy.
 #[derive(Clone, Copy, Debug)]
@@ -266,14 +269,6 @@ fn protocol(version: Version) -> &'static str {
         Version::HTTP_2 => "HTTP/2.0",
         Version::HTTP_3 => "HTTP/3.0",
         _ => "HTTP/1.1",
-    }
-}
-
-/// `example.com:8080` is example.com, `[::1]:8080` is [::1] (RFC 3875, section 4.1.14).
-fn without_port(host: &str) -> &str {
-    match host.find(']') {
-        Some(end) if host.starts_with('[') => &host[..=end],
-        _ => host.split_once(':').map_or(host, |(name, _)| name),
     }
 }
 

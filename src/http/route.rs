@@ -8,13 +8,15 @@ use std::{borrow::Cow, net::IpAddr, sync::Arc};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use ipnet::IpNet;
 
-use super::variables::{argument, cookie};
+use super::variables::cookie;
 use crate::{
     error::Kind,
     model::{
         Route, Site, SiteTable,
+        peer::without_port,
         rules::{Scheme, Wanted, When},
         site::{Files, Origin, Pattern, ScriptPattern},
+        text::argument,
     },
 };
 
@@ -41,13 +43,6 @@ pub fn site<'a>(table: &'a SiteTable, host: &str) -> Option<&'a Arc<Site>> {
     };
     let wildcard = |(suffix, _): &&(String, Arc<Site>)| name.len() > suffix.len() && name.ends_with(suffix.as_str());
     table.exact.get(name).or_else(|| table.wildcard.iter().find(wildcard).map(|(_, site)| site)).or(table.default.as_ref())
-}
-
-fn without_port(host: &str) -> &str {
-    if host.starts_with('[') {
-        return host.find(']').and_then(|end| host.get(..=end)).unwrap_or(host);
-    }
-    host.split_once(':').map_or(host, |(name, _)| name)
 }
 
 /// What of a request chooses its route, besides the path.

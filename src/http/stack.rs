@@ -34,7 +34,7 @@ use super::{
     route::{self, Asked, Lookup, Otherwise, Refusal, Script, Step, Target},
     spill::Buffers,
     unread::Lent,
-    variables::{Place, Variables, host_alone},
+    variables::{Place, Variables},
 };
 use crate::{
     error::{Error, Kind},
@@ -42,7 +42,7 @@ use crate::{
     model::{
         Peer, Route, Settings, Site,
         names::X_REQUEST_ID,
-        peer::ClientInfo,
+        peer::{ClientInfo, without_port},
         rules::{BasicAuth, ErrorPage, Maintenance},
         site::Symlinks,
     },
@@ -139,8 +139,8 @@ pub async fn serve(worker: Rc<Worker>, peer: Peer, request: Request<Incoming>) -
         response = cors::told(&told, &parts, is_preflight, response).await;
     }
     record.status.set(response.status().as_u16());
+    let is_phps = record.way.borrow().attempts > 0;
     if let Some(edits) = record.edits.take() {
-        let is_phps = record.way.borrow().attempts > 0;
         edits.apply_to_answer(response.status(), is_phps, response.headers_mut(), SystemTime::now());
     }
     if let Ok(value) = HeaderValue::from_str(record.id.as_str()) {
@@ -149,7 +149,6 @@ pub async fn serve(worker: Rc<Worker>, peer: Peer, request: Request<Incoming>) -
     // Last, when its type and all else is said.
     let compress = record.way.borrow().route.as_ref().and_then(|route| route.compress.clone());
     if let Some(compress) = compress {
-        let is_phps = record.way.borrow().attempts > 0;
         response = compress::shrunk(&compress, &worker.buffers.pool, &parts, is_phps, response).await;
     }
     if let Some(heads) = record.heads.borrow_mut().as_mut() {
@@ -265,7 +264,7 @@ fn to_https(parts: &Parts, host: &str) -> Response<Content> {
     let mut response = status(if is_get { StatusCode::MOVED_PERMANENTLY } else { StatusCode::PERMANENT_REDIRECT }, &[]);
     // The port was that of http.
     let target = parts.uri.path_and_query().map_or("/", |target| target.as_str());
-    if let Ok(location) = HeaderValue::from_str(&format!("https://{}{target}", host_alone(host))) {
+    if let Ok(location) = HeaderValue::from_str(&format!("https://{}{target}", without_port(host))) {
         response.headers_mut().insert(header::LOCATION, location);
     }
     response
@@ -274,7 +273,7 @@ fn to_https(parts: &Parts, host: &str) -> Response<Content> {
 fn heads(asks: &Asks<'_>, parts: &Parts, path: &[u8]) -> Heads {
     let Asks { client, peer, .. } = asks;
     Heads {
-        host: host_alone(&client.host).to_ascii_lowercase(),
+        host: without_port(&client.host).to_ascii_lowercase(),
         https: client.https,
         server_addr: peer.local.ip().to_canonical(),
         server_port: client.server_port,

@@ -7,9 +7,9 @@ use http::{HeaderMap, header, request::Parts};
 use super::route::{encode, lossless};
 use crate::model::{
     Peer, Route, Site,
-    peer::ClientInfo,
+    peer::{ClientInfo, without_port},
     site::Pattern,
-    text::{Piece, Text, Variable},
+    text::{Piece, Text, Variable, argument},
 };
 
 /// The request as variables see it.
@@ -82,7 +82,7 @@ impl Variables<'_> {
             Variable::RequestUri => self.parts.uri.path_and_query().map_or("/", |target| target.as_str()).into(),
             Variable::Args => query.unwrap_or_default().into(),
             Variable::IsArgs => if query.is_some_and(|query| !query.is_empty()) { "?" } else { "" }.into(),
-            Variable::Host => host_alone(&self.client.host).to_ascii_lowercase().into(),
+            Variable::Host => without_port(&self.client.host).to_ascii_lowercase().into(),
             Variable::Scheme => if self.client.https { "https" } else { "http" }.into(),
             Variable::RemoteAddr => self.client.address.to_string().into(),
             Variable::RemotePort => self.client.port.to_string().into(),
@@ -112,19 +112,6 @@ impl Variables<'_> {
         };
         found.map(|found| found.as_str().to_owned())
     }
-}
-
-pub fn host_alone(host: &str) -> &str {
-    let end = if host.starts_with('[') { host.find(']').map(|at| at + 1) } else { host.find(':') };
-    host.get(..end.unwrap_or(host.len())).unwrap_or(host)
-}
-
-/// The first of that name, as it was sent.
-pub fn argument<'a>(query: &'a str, name: &str) -> Option<&'a str> {
-    query.split('&').find_map(|pair| {
-        let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-        (key == name).then_some(value)
-    })
 }
 
 /// The first of that name. Bytes that are no UTF-8, anywhere in the line, hide no other cookie: PHP sees them all.

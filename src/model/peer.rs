@@ -29,3 +29,11 @@ pub struct ClientInfo {
     /// The effective authority with its port where the client gave one: HTTP_HOST. Empty for HTTP/1.0 without Host.
     pub host: String,
 }
+
+/// An authority's name alone: `example.com:8080` is example.com, `[::1]:8080` is [::1] (RFC 3875, section 4.1.14).
+pub fn without_port(host: &str) -> &str {
+    match host.find(']') {
+        Some(end) if host.starts_with('[') => &host[..=end],
+        _ => host.split_once(':').map_or(host, |(name, _)| name),
+    }
+}

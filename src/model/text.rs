@@ -106,6 +106,14 @@ pub fn parts(text: &str) -> Vec<Part<'_>> {
     parts
 }
 
+/// The first argument of that name in a query, as it was sent.
+pub fn argument<'a>(query: &'a str, name: &str) -> Option<&'a str> {
+    query.split('&').find_map(|pair| {
+        let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+        (key == name).then_some(value)
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::{Part::*, *};

@@ -2,6 +2,40 @@
 
 type Keys = &'static [(&'static str, &'static [&'static str])];
 
+/// A table's own keys, and those that a site and a route share.
+macro_rules! with_shared {
+    ($($own:literal),* $(,)?) => {
+        &[
+            $($own,)*
+            "files",
+            "try_files",
+            "script",
+            "upstream",
+            "read_timeout",
+            "body_limit",
+            "params",
+            "access_log",
+            "lane",
+            "allow",
+            "deny",
+            "rewrite",
+            "internal",
+            "limit",
+            "basic_auth",
+            "redirect",
+            "respond",
+            "error_page",
+            "headers",
+            "request_headers",
+            "expires",
+            "cors",
+            "maintenance",
+            "precompressed",
+            "compress",
+        ]
+    };
+}
+
 /// The keys of this version, by the table they belong to; "" is the top of the file.
 pub const KEYS: Keys = &[
     ("", &["workers", "include", "reload", "state", "listen", "tls", "buffer", "log", "drain", "kubernetes", "upstream", "site"]),
@@ -59,78 +93,8 @@ pub const KEYS: Keys = &[
     ("ping", &["path", "every", "fall", "rise"]),
     ("preflight", &["path", "host", "https", "requests", "expect", "timeout", "give_up"]),
     ("service", &["service", "port"]),
-    (
-        "site",
-        &[
-            "hosts",
-            "preset",
-            "https_only",
-            "root",
-            "php_root",
-            "index",
-            "scripts",
-            "front",
-            "symlinks",
-            "route",
-            "files",
-            "try_files",
-            "script",
-            "upstream",
-            "read_timeout",
-            "body_limit",
-            "params",
-            "access_log",
-            "lane",
-            "allow",
-            "deny",
-            "rewrite",
-            "internal",
-            "limit",
-            "basic_auth",
-            "redirect",
-            "respond",
-            "error_page",
-            "headers",
-            "request_headers",
-            "expires",
-            "cors",
-            "maintenance",
-            "precompressed",
-            "compress",
-        ],
-    ),
-    (
-        "route",
-        &[
-            "path",
-            "when",
-            "files",
-            "try_files",
-            "script",
-            "upstream",
-            "read_timeout",
-            "body_limit",
-            "params",
-            "access_log",
-            "lane",
-            "allow",
-            "deny",
-            "rewrite",
-            "internal",
-            "limit",
-            "basic_auth",
-            "redirect",
-            "respond",
-            "error_page",
-            "headers",
-            "request_headers",
-            "expires",
-            "cors",
-            "maintenance",
-            "precompressed",
-            "compress",
-        ],
-    ),
+    ("site", with_shared!("hosts", "preset", "https_only", "root", "php_root", "index", "scripts", "front", "symlinks", "route",)),
+    ("route", with_shared!("path", "when")),
     ("when", &["method", "header", "cookie", "arg", "from", "scheme"]),
     ("compress", &["codings", "types", "min", "private"]),
     ("cors", &["origins", "methods", "headers", "expose", "credentials", "max_age"]),
@@ -142,6 +106,3 @@ pub const KEYS: Keys = &[
     ("headers", &["set", "add", "default", "remove"]),
     ("request_headers", &["set", "add", "default", "remove"]),
 ];
-
-/// Keys of the design that this version refuses: silently doing without a `deny` would be worse than not starting.
-pub const LATER: Keys = &[];

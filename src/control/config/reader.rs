@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use super::{
     Problem,
     document::{Kind, Node, Place, Table},
-    keys::{KEYS, LATER},
+    keys::KEYS,
     unit,
 };
 use crate::control::template::Map;
@@ -161,25 +161,20 @@ impl<'a> Reader<'a> {
         {
             // The published list and the code that reads must not drift apart.
             let mut asked = self.asked.clone();
-            let mut known = keys_of(KEYS, self.section).to_vec();
+            let keys = KEYS.iter().find(|(section, _)| *section == self.section);
+            let mut known = keys.map_or(&[][..], |(_, keys)| *keys).to_vec();
             asked.sort_unstable();
             asked.dedup();
             known.sort_unstable();
             assert_eq!(asked, known, "keys of [{}]", self.section);
         }
-        let later = keys_of(LATER, self.section);
         for entry in &self.table.entries {
             let key = entry.key.as_str();
             if self.asked.contains(&key) {
                 continue;
             }
-            if later.contains(&key) {
-                let shown = if self.section == "when" { format!("when.{key}") } else { key.to_owned() };
-                self.report.problem(entry.at, format!("`{shown}` is not supported by this version yet"), None);
-                continue;
-            }
             let table = if self.path.is_empty() { "at the top of the file".into() } else { format!("in `{}`", self.path) };
-            let help = nearest(key, self.asked.iter().chain(later).copied())
+            let help = nearest(key, self.asked.iter().copied())
                 .map(|near| format!("did you mean `{near}`?"))
                 .or_else(|| from_nginx(key))
                 .or_else(|| home(key, self.section));
@@ -190,10 +185,6 @@ impl<'a> Reader<'a> {
     fn join(&self, key: &str) -> String {
         if self.path.is_empty() { key.to_owned() } else { format!("{}.{key}", self.path) }
     }
-}
-
-fn keys_of(all: &'static [(&'static str, &'static [&'static str])], section: &str) -> &'static [&'static str] {
-    all.iter().find(|(name, _)| *name == section).map_or(&[], |(_, keys)| keys)
 }
 
 /// What somebody writes who has written Nginx's files for years (docs/from-nginx.md).

@@ -112,6 +112,15 @@ fn wanted(v: &Value<'_>, text: &str) -> Option<Wanted> {
     }
 }
 
+/// Whether it is the word "off", the only one there is beside the value itself.
+fn is_off(v: &Value<'_>, help: &str) -> Option<bool> {
+    match &v.node.kind {
+        Kind::Text(word) if word == "off" => Some(true),
+        Kind::Text(word) => v.refuse(format!("{word:?} is not known"), help),
+        _ => Some(false),
+    }
+}
+
 /// As `trusted_proxies`: each may be several, separated by commas.
 pub fn networks(v: &Value<'_>) -> Option<Vec<IpNet>> {
     v.list(Value::networks).map(|all| all.concat())
@@ -131,8 +140,8 @@ pub fn rewrite(v: &Value<'_>, captures: &[String]) -> Option<Text> {
 /// "off" for a route of a site that has it.
 pub fn basic_auth(v: &Value<'_>) -> Option<Option<BasicAuth>> {
     const HELP: &str = "write { realm = \"members\", file = \"/etc/htpasswd\" }, or \"off\"";
-    if let Kind::Text(word) = &v.node.kind {
-        return if word == "off" { Some(None) } else { v.refuse(format!("{word:?} is not known"), HELP) };
+    if is_off(v, HELP)? {
+        return Some(None);
     }
     let mut t = v.reader("basic_auth")?;
     if !t.has("file") {
@@ -156,8 +165,8 @@ pub fn basic_auth(v: &Value<'_>) -> Option<Option<BasicAuth>> {
 /// "off" for a route of a site that has it.
 pub fn cors(v: &Value<'_>) -> Option<Option<Arc<Cors>>> {
     const HELP: &str = "write { origins = [\"https://app.example.com\"] }, or \"off\"";
-    if let Kind::Text(word) = &v.node.kind {
-        return if word == "off" { Some(None) } else { v.refuse(format!("{word:?} is not known"), HELP) };
+    if is_off(v, HELP)? {
+        return Some(None);
     }
     let mut t = v.reader("cors")?;
     let before = t.report.count();
@@ -248,8 +257,8 @@ fn header_or_any(v: &Value<'_>) -> Option<String> {
 /// "off" for a route of a site that has it.
 pub fn maintenance(v: &Value<'_>) -> Option<Option<Arc<Maintenance>>> {
     const HELP: &str = "write { page = \"/maintenance.html\", from = [\"10.0.0.0/8\"] }, {} for a line of text, or \"off\"";
-    if let Kind::Text(word) = &v.node.kind {
-        return if word == "off" { Some(None) } else { v.refuse(format!("{word:?} is not known"), HELP) };
+    if is_off(v, HELP)? {
+        return Some(None);
     }
     let mut t = v.reader("maintenance")?;
     let page = t.read("page", None, |v| match v.url_path_or_none()? {
@@ -290,10 +299,11 @@ const COMPRESSIBLE: [&str; 12] = [
 /// A list of codings, or a table with more.
 pub fn compress(v: &Value<'_>) -> Option<Option<Arc<Compress>>> {
     const HELP: &str = "write [\"br\", \"zstd\", \"gzip\"], { codings = [\"gzip\"], min = \"1KiB\" }, or \"off\"";
+    if is_off(v, HELP)? {
+        return Some(None);
+    }
     let all = || Coding::ALL.map(|(coding, ..)| coding).to_vec();
     let (codings, types, min, private) = match &v.node.kind {
-        Kind::Text(word) if word == "off" => return Some(None),
-        Kind::Text(word) => return v.refuse(format!("{word:?} is not known"), HELP),
         Kind::List(_) => (precompressed(v)?, None, 1024, false),
         _ => {
             let mut t = v.reader("compress")?;

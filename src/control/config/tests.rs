@@ -2,10 +2,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 
-use super::{
-    keys::{KEYS, LATER},
-    *,
-};
+use super::{keys::KEYS, *};
 use crate::{
     control::expand::expand,
     model::{
@@ -494,22 +491,7 @@ fn each_error_of_sites_and_routes_has_its_place_and_says_what_is_right() {
 }
 
 #[test]
-fn keys_of_later_versions_are_told_from_unknown_ones() {
-    for (section, keys) in LATER {
-        for key in *keys {
-            let (text, place) = match *section {
-                "" => (top(&format!("{key} = 1")), "1:1".to_owned()),
-                "upstream" => (top(&format!("upstream.php.{key} = 1")), "1:14".into()),
-                "set" => (top(&format!("upstream.php.set.blue.{key} = 1")), "1:23".into()),
-                "kubernetes" => (top(&format!("kubernetes.{key} = 1")), "1:12".into()),
-                "site" => (site(&format!("{key} = 1")), "5:1".into()),
-                "route" => (site(&format!("[[site.route]]\npath = \"/x\"\n{key} = 1")), "7:1".into()),
-                _ => (site(&format!("[[site.route]]\npath = \"/x\"\nwhen.{key} = 1")), "7:6".into()),
-            };
-            let name = if *section == "when" { format!("when.{key}") } else { (*key).to_owned() };
-            assert_eq!(wrong(&text), format!("{place}: `{name}` is not supported by this version yet"));
-        }
-    }
+fn no_https_and_no_proxy_protocol_can_be_written() {
     good(&top("listen = { https = [], proxy_protocol = \"off\" }"));
 }
 

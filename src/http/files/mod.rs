@@ -157,28 +157,10 @@ impl Files {
         }
     }
 
-    /// Whether a regular file is there, as of a second ago at most.
+    /// Whether a regular file is there: for the hint on an undeclared script.
     pub async fn exists(&self, root: &Path, symlinks: &Symlinks, path: &[u8]) -> bool {
-        // As a script is: looked for, and never read. For a name that is no text nobody asks often.
-        let name = String::from_utf8(path.to_vec()).unwrap_or_default();
-        let steps = [Step::Script(name.clone())];
-        let question = Question { root, symlinks, codings: &[], steps: &steps };
-        match self.stats.get(&question) {
-            Ok(known) => matches!(known, Known::Script(_)),
-            Err(_) => {
-                let (key, stats) = (question.to_key(), self.stats.clone());
-                let (root, symlinks, path) = (root.to_owned(), symlinks.clone(), path.to_vec());
-                let look = move || {
-                    let looked = Instant::now();
-                    let is_there = lookup::is_file(&root, &symlinks, &path)?;
-                    if !name.is_empty() {
-                        stats.put(key, if is_there { Known::Script(name) } else { Known::Missing }, looked);
-                    }
-                    Ok(is_there)
-                };
-                self.source.run(look).await.unwrap_or(false)
-            }
-        }
+        let (root, symlinks, path) = (root.to_owned(), symlinks.clone(), path.to_vec());
+        self.source.run(move || lookup::is_file(&root, &symlinks, &path)).await.unwrap_or(false)
     }
 }
 

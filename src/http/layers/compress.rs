@@ -1,17 +1,13 @@
 //! Answers compressed on their way: what shrinks, is no secret, and is not compressed already. What is whole in memory is done by the blocking pool,
 //! off the worker; what streams by tower-http, a few pieces in one go.
 
-use std::{
-    convert::Infallible,
-    future::{Ready, ready},
-    io::{self, Write},
-};
+use std::io::{self, Write};
 
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header, request::Parts};
 use http_body::Body;
 use tokio::runtime::Handle;
-use tower::{Layer, ServiceExt, service_fn};
 
+use super::through::through;
 use crate::{
     http::{
         answer::{AsItComes, Content},
@@ -60,14 +56,7 @@ pub async fn shrunk(
     }
     let mut request = Request::new(());
     request.headers_mut().insert(header::ACCEPT_ENCODING, HeaderValue::from_static(coding.name()));
-    let mut response = Some(response);
-    let inner = service_fn(move |_: Request<()>| -> Ready<Result<Response<Content>, Infallible>> {
-        ready(Ok(response.take().unwrap_or_default()))
-    });
-    let mut response = match compress.layer.layer(inner).oneshot(request).await {
-        Ok(response) => response.map(|body| Content::Compressed(Box::pin(body))),
-        Err(never) => match never {},
-    };
+    let mut response = through(&compress.layer, request, response).await.map(|body| Content::Compressed(Box::pin(body)));
     if response.headers().contains_key(header::CONTENT_ENCODING) {
         weaken(response.headers_mut());
     }

@@ -1,13 +1,8 @@
 //! Pages of other origins: the CORS protocol of the Fetch standard, by tower-http.
 
-use std::{
-    convert::Infallible,
-    future::{Ready, ready},
-};
-
 use http::{HeaderMap, HeaderName, Method, Request, Response, header, request::Parts};
-use tower::{Layer, ServiceExt, service_fn};
 
+use super::through::through;
 use crate::{http::answer::Content, model::rules::Cors};
 
 /// A browser's question whether it may ask. Any other OPTIONS is the application's.
@@ -18,27 +13,19 @@ pub fn is_preflight(parts: &Parts) -> bool {
 }
 
 /// The answer with its headers for the browser: theirs take the place of PHP's. `is_preflight`: instead of the answer the one that a browser asked for.
-pub async fn told(cors: &Cors, parts: &Parts, is_preflight: bool, response: Response<Content>) -> Response<Content> {
+pub async fn told(cors: &Cors, parts: &Parts, is_preflight: bool, mut response: Response<Content>) -> Response<Content> {
     let mut request = Request::new(());
     if is_preflight {
         *request.method_mut() = Method::OPTIONS;
     }
     *request.headers_mut() = asked(&parts.headers);
     // What PHP says of it: it might let in who is not named, or with credentials.
-    let mut response = response;
     let theirs: Vec<HeaderName> =
         response.headers().keys().filter(|name| name.as_str().starts_with("access-control-")).cloned().collect();
     for name in theirs {
         response.headers_mut().remove(name);
     }
-    let mut response = Some(response);
-    let inner = service_fn(move |_: Request<()>| -> Ready<Result<Response<Content>, Infallible>> {
-        ready(Ok(response.take().unwrap_or_default()))
-    });
-    match cors.layer.layer(inner).oneshot(request).await {
-        Ok(response) => response,
-        Err(never) => match never {},
-    }
+    through(&cors.layer, request, response).await
 }
 
 /// The part of the request that matters here.

@@ -12,3 +12,4 @@ pub mod limits;
 pub mod maintenance;
 pub mod real_ip;
 pub mod request_id;
+mod through;

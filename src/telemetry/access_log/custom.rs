@@ -7,7 +7,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, header};
 use super::{Clock, Entry, combined_escape, digits, json_escape, protocol};
 use crate::model::{
     log_text::{LogText, LogVariable},
-    text::Piece,
+    text::{Piece, argument},
 };
 
 pub(super) fn line(out: &mut Vec<u8>, clock: &mut Clock, text: &LogText, entry: &Entry<'_>) {
@@ -87,10 +87,7 @@ fn put(out: &mut Vec<u8>, clock: &mut Clock, variable: &LogVariable, entry: &Ent
         LogVariable::Attempts => number(out, entry.attempts.into()),
         LogVariable::Cause => out.extend_from_slice(entry.cause.as_bytes()),
         LogVariable::Arg(name) => {
-            let sent = entry.query.unwrap_or_default().split('&').find_map(|pair| {
-                let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-                (key == name).then_some(value)
-            });
+            let sent = argument(entry.query.unwrap_or_default(), name);
             out.extend_from_slice(sent.unwrap_or_default().as_bytes());
         }
         LogVariable::Cookie(name) => {
