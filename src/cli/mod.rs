@@ -37,8 +37,8 @@ enum Command {
         /// Print everything that is in force, defaults included
         #[arg(long)]
         expand: bool,
-        /// Say which site and route take this request, and what would answer it: http://example.com/path
-        #[arg(long, conflicts_with = "expand")]
+        /// Say which site and route take this request, and what would answer it
+        #[arg(long, conflicts_with = "expand", value_name = "http://HOST/PATH")]
         url: Option<String>,
     },
     /// Fill {{NAME}} placeholders in specs from the environment

@@ -1,7 +1,7 @@
 //! Host and path to site, route and target. Pure: bytes in, a decision out; `files` asks the file system where the
 //! decision needs it.
 //!
-//! The order of a request: [`site`], [`normalize`], [`route`], [`target`].
+//! The order of a request: [`site`], [`normalize()`], [`route`], [`target`].
 
 use std::{borrow::Cow, net::IpAddr, sync::Arc};
 

@@ -30,7 +30,7 @@ pub struct ClientInfo {
     pub host: String,
 }
 
-/// An authority's name alone: `example.com:8080` is example.com, `[::1]:8080` is [::1] (RFC 3875, section 4.1.14).
+/// An authority's name alone: `example.com:8080` is `example.com`, `[::1]:8080` is `[::1]` (RFC 3875, section 4.1.14).
 pub fn without_port(host: &str) -> &str {
     match host.find(']') {
         Some(end) if host.starts_with('[') => &host[..=end],

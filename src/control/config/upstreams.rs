@@ -40,7 +40,7 @@ struct Told {
     /// What each address was said to hold, by whom: an endpoint of two upstreams is one endpoint with one capacity.
     workers: HashMap<Address, (u32, String)>,
     clustered: bool,
-    /// [drain] is written.
+    /// `[drain]` is written.
     has_drain: bool,
 }
 
