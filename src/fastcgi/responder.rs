@@ -101,9 +101,13 @@ pub fn demo_handler(colour: &str) -> impl Handler + use<> {
     }
 }
 
-/// The null responder: always the same `size` bytes, under the headers of a PHP that says nothing itself.
-pub fn fixed(size: usize) -> impl Handler {
-    let mut output = BytesMut::from(&b"X-Powered-By: PHP/8.2\r\nContent-type: text/html; charset=UTF-8\r\n\r\n"[..]);
+/// The null responder: always the same `size` bytes, under the headers of a PHP that says nothing itself, and so many more.
+pub fn fixed(size: usize, headers: usize) -> impl Handler {
+    let mut output = BytesMut::from(&b"X-Powered-By: PHP/8.2\r\nContent-type: text/html; charset=UTF-8\r\n"[..]);
+    for n in 0..headers {
+        output.extend_from_slice(format!("X-Header-{n}: the value of header {n}\r\n").as_bytes());
+    }
+    output.extend_from_slice(b"\r\n");
     output.put_bytes(b'x', size);
     let reply = Reply { output: output.freeze(), delay: Duration::ZERO };
     move |_| reply.clone()
@@ -449,7 +453,7 @@ mod tests {
 
     #[test]
     fn a_connection_holds_its_worker() {
-        with_responder(2, fixed(1), async |address, _stop| {
+        with_responder(2, fixed(1, 0), async |address, _stop| {
             let mut held = Vec::new();
             for _ in 0..2 {
                 let mut stream = TcpStream::connect(address).await.unwrap();
@@ -483,7 +487,7 @@ mod tests {
 
     #[test]
     fn what_fpm_would_not_read_is_closed_without_an_answer() {
-        with_responder(1, fixed(1), async |address, _stop| {
+        with_responder(1, fixed(1, 0), async |address, _stop| {
             let begin = [1, 1, 0, 1, 0, 8, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0];
             let straddling = [&begin[..], &[1, 4, 0, 1, 0, 3, 0, 0, 1, 1, b'N', 1, 4, 0, 1, 0, 1, 0, 0, b'V']].concat();
             let too_long = [&begin[..], &[1, 4, 0, 1, 0xff, 0xff, 1, 0]].concat();
@@ -500,7 +504,7 @@ mod tests {
         let path = dir.path().join("php.sock");
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         LocalSet::new().block_on(&runtime, async {
-            spawn_local(serve(Socket::Unix(UnixListener::bind(&path).unwrap()), 0, fixed(70_000), pending::<()>()));
+            spawn_local(serve(Socket::Unix(UnixListener::bind(&path).unwrap()), 0, fixed(70_000, 0), pending::<()>()));
             let mut stream = tokio::net::UnixStream::connect(&path).await.unwrap();
             stream.write_all(&request(false, &[], b"")).await.unwrap();
             let mut answer = Vec::new();
