@@ -58,7 +58,6 @@ fn request(c: &mut Criterion) {
             script_name: "/index.php",
             path_info: "",
             document_root: "/var/www/html/public",
-            script_filename: "/var/www/html/public/index.php",
         },
     };
     let mut out = BytesMut::with_capacity(4096);

@@ -411,8 +411,7 @@ async fn worker(
         let (worker, shared, shard) = (worker.clone(), shared.clone(), shard.clone());
         let service = move |peer: Peer| {
             tower::service_fn(move |request| {
-                let answered = stack::serve(worker.clone(), peer, request);
-                async move { Ok::<_, std::convert::Infallible>(answered.await) }
+                stack::serve(worker.clone(), peer, request)
             })
         };
         tokio::task::spawn_local(async move {

@@ -32,7 +32,7 @@ use super::{
 use crate::{
     error::{Error, Kind},
     lifecycle::{Phase, PhaseCell},
-    model::{Peer, Settings},
+    model::{Peer, Settings, clock},
 };
 
 /// h2 resets what goes beyond; its own default is 200.
@@ -132,11 +132,12 @@ where
                 streams.begin(stall);
             }
             let version = request.version();
-            let mut service = service.clone();
             let last = settings.listen.max_requests_per_connection.is_some_and(|max| progress.served.get() >= max);
             let context = context.clone();
+            // On the heap from the beginning: hyper would copy it, and keep room for it in each idle connection.
+            let answered = Box::pin(service.clone().call(request));
             async move {
-                let mut response = service.call(request).await?;
+                let mut response = answered.await?;
                 if version < Version::HTTP_2 && (last || context.phase.get().is_leaving()) {
                     response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
                 }
@@ -268,7 +269,7 @@ async fn under_deadlines<T>(
     let mut armed = Instant::now() + NEVER;
     let sleep = tokio::time::sleep_until(armed);
     tokio::pin!(sleep);
-    std::future::poll_fn(|cx| {
+    let mut look = |cx: &mut Context<'_>| {
         if progress.waker.borrow().is_none() {
             *progress.waker.borrow_mut() = Some(cx.waker().clone());
         }
@@ -293,8 +294,8 @@ async fn under_deadlines<T>(
             armed = deadline;
             sleep.as_mut().reset(deadline);
         }
-    })
-    .await
+    };
+    std::future::poll_fn(|cx| clock::once(|| look(cx))).await
 }
 
 fn next_deadline(context: &Shared, settings: &Settings, progress: &Progress) -> Option<(Instant, End)> {

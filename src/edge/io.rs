@@ -21,6 +21,7 @@ use tokio_rustls::server::TlsStream;
 use std::rc::Rc;
 
 use super::{stall::Stall, unacked::unacked};
+use crate::model::clock;
 
 /// After the last answer so much is read and thrown away, so that the kernel does not reset the connection over unread bytes.
 const LINGER_BYTES: usize = 1024 * 1024;
@@ -85,7 +86,7 @@ impl Progress {
 
     pub fn enter(&self, stage: Stage) {
         self.stage.set(stage);
-        self.since.set(Instant::now());
+        self.since.set(clock::now());
         self.line_bytes.set(Some(0));
     }
 

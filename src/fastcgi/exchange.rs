@@ -27,7 +27,7 @@ use tokio::{
 use super::record::{self, Decoder, Frame};
 use crate::{
     error::{Error, Kind, Retry},
-    model::Address,
+    model::{Address, clock},
 };
 
 /// The first read of an answer: most are smaller.
@@ -284,7 +284,7 @@ impl Exchange {
     pub fn into_conn(mut self) -> Option<Conn> {
         (self.state == State::Ended).then(|| {
             self.conn.output.clear();
-            self.conn.idle_since = Instant::now();
+            self.conn.idle_since = clock::now();
             self.conn
         })
     }

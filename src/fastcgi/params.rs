@@ -26,8 +26,8 @@ pub struct Script<'a> {
     pub script_name: &'a str,
     /// What follows it in the path; may be empty.
     pub path_info: &'a str,
+    /// Before `script_name` it makes SCRIPT_FILENAME.
     pub document_root: &'a str,
-    pub script_filename: &'a str,
 }
 
 /// All that parameters are made of.
@@ -138,7 +138,7 @@ impl Writer<'_> {
         self.set("DOCUMENT_ROOT", script.document_root)?;
         self.set_both("DOCUMENT_URI", script.script_name, script.path_info)?;
         self.set("SCRIPT_NAME", script.script_name)?;
-        self.set("SCRIPT_FILENAME", script.script_filename)?;
+        self.set_both("SCRIPT_FILENAME", script.document_root, script.script_name)?;
         if !script.path_info.is_empty() {
             self.set("PATH_INFO", script.path_info)?;
             self.set_both("PATH_TRANSLATED", script.document_root, script.path_info)?;
@@ -301,7 +301,7 @@ mod tests {
     use crate::fastcgi::{record::HEADER_LEN, responder::parse_params};
 
     const SCRIPT: Script =
-        Script { script_name: "/index.php", path_info: "", document_root: "/app", script_filename: "/app/index.php" };
+        Script { script_name: "/index.php", path_info: "", document_root: "/app" };
 
     fn input<'a>(headers: &'a HeaderMap, extra: &'a [(String, String)]) -> Input<'a> {
         Input {

@@ -111,6 +111,16 @@ impl<'a> ParamsWriter<'a> {
     }
 
     pub fn pair(&mut self, name: &[u8], value: &[u8]) -> Result<(), PairTooLong> {
+        // Nearly all are so short that one byte tells each length, and find room in the open record.
+        if let (Ok(n @ 0..0x80), Ok(v @ 0..0x80)) = (u8::try_from(name.len()), u8::try_from(value.len()))
+            && let Some(content) = self.content.checked_add(2 + u16::from(n) + u16::from(v))
+        {
+            self.content = content;
+            self.out.extend_from_slice(&[n, v]);
+            self.out.extend_from_slice(name);
+            self.out.extend_from_slice(value);
+            return Ok(());
+        }
         self.pair_joined(name, b"", |_| {}, || iter::once(value), b"")
     }
 

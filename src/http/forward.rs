@@ -26,6 +26,7 @@ use crate::{
     lifecycle::{Phase, drain::End},
     model::{
         Peer, Route, Settings, Site,
+        clock,
         peer::ClientInfo,
         site::PhpRoot,
         upstream::{Balance, Policy, SetConfig},
@@ -80,7 +81,7 @@ where
     let site_root = site_root(worker, php.site).await;
 
     let idempotent = is_idempotent(&php.parts.method);
-    let since = Instant::now();
+    let since = clock::now();
     let (mut tried, mut refused): (Vec<u64>, Vec<u64>) = (Vec::new(), Vec::new());
     let mut failed: Option<Error> = None;
     let mut attempts = 0;
@@ -98,7 +99,7 @@ where
             lane: php.route.lane.as_deref(),
         };
         let mut waiting =
-            Waiting { metrics: &worker.sinks.metrics, record: php.record, upstream, since: Instant::now(), ended: None };
+            Waiting { metrics: &worker.sinks.metrics, record: php.record, upstream, since: clock::now(), ended: None };
         let acquired = worker.dispatcher.acquire(&want).await;
         waiting.ended = Some(acquired.as_ref().map(|ticket| ticket.waited).map_err(|none| none.kind));
         drop(waiting);
@@ -402,7 +403,6 @@ fn encode(
     ticket: &Ticket,
 ) -> Result<(Stdin, bool), Error> {
     let document_root = document_root(&ticket.set.config, site_root);
-    let script_filename = format!("{document_root}{}", php.script_name);
     let keep = ticket.upstream.policy.lease.is_some() && ticket.endpoint().capacity().is_some();
     out.clear();
     record::put_begin_request(out, keep);
@@ -428,7 +428,6 @@ fn encode(
                 script_name: php.script_name,
                 path_info: php.path_info,
                 document_root,
-                script_filename: &script_filename,
             },
         },
     )

@@ -20,7 +20,7 @@ use crate::{
         Phase, PhaseCell,
         drain::{End, Tally},
     },
-    model::{Peer, Route, rules::Cors},
+    model::{Peer, Route, clock, rules::Cors},
     telemetry::{
         access_log::{Entry, Heads, Writer},
         metrics::Shard,
@@ -35,7 +35,6 @@ pub struct Record {
     pub uri: Uri,
     pub version: Version,
     pub started: Instant,
-    pub time: SystemTime,
     pub client: IpAddr,
     pub user_agent: Option<HeaderValue>,
     pub referer: Option<HeaderValue>,
@@ -82,8 +81,7 @@ impl Record {
             method: parts.method.clone(),
             uri: parts.uri.clone(),
             version: parts.version,
-            started: Instant::now(),
-            time: SystemTime::now(),
+            started: clock::now(),
             client,
             user_agent: parts.headers.get(http::header::USER_AGENT).cloned(),
             referer: parts.headers.get(http::header::REFERER).cloned(),
@@ -111,7 +109,7 @@ impl Record {
         way.endpoint = Some(ticket.endpoint().clone());
         way.attempts += 1;
         way.queued = Some(ticket.waited);
-        way.dispatched = Some(Instant::now());
+        way.dispatched = Some(clock::now());
     }
 
     /// It has got no worker after so long.
@@ -278,15 +276,16 @@ impl Drop for Finish {
         // No head was sent: the client left before, as Nginx logs it.
         let status = if record.status.get() == 0 { Kind::ClientLeft.status().as_u16() } else { record.status.get() };
         let way = record.way.borrow();
-        let text = |name: &Option<Arc<str>>| name.clone().unwrap_or_else(|| Arc::from(""));
-        let (site, upstream, set) = (text(&way.site), text(&way.upstream), text(&way.set));
-        let duration = record.started.elapsed();
-        self.sinks.metrics.request(&site, status, &upstream, &set, duration.as_secs_f64());
-        if record.access_log.get() {
+        let [site, upstream, set] = [&way.site, &way.upstream, &way.set].map(|name| name.as_deref().unwrap_or_default());
+        let now = clock::now();
+        let duration = now.saturating_duration_since(record.started);
+        self.sinks.metrics.request(site, status, upstream, set, duration.as_secs_f64());
+        if record.access_log.get() && self.sinks.access.is_on() {
             self.sinks.access.log(&Entry {
-                time: record.time,
+                // That of its beginning.
+                time: SystemTime::now().checked_sub(duration).unwrap_or(SystemTime::UNIX_EPOCH),
                 id: record.id.as_str(),
-                site: &site,
+                site,
                 route: way.route.as_ref().map_or("", |route| &route.path),
                 remote_addr: record.client,
                 remote_user: record.user.borrow().as_deref().unwrap_or_default(),
@@ -298,10 +297,10 @@ impl Drop for Finish {
                 bytes_sent: self.bytes,
                 request_bytes: record.request_bytes.get(),
                 duration,
-                upstream: &upstream,
-                set: &set,
+                upstream,
+                set,
                 endpoint: way.endpoint.as_ref().map(|e| &e.address),
-                upstream_duration: way.dispatched.map(|at| at.elapsed()),
+                upstream_duration: way.dispatched.map(|at| now.saturating_duration_since(at)),
                 queue_duration: way.queued,
                 attempts: way.attempts,
                 cause: cause.map_or("", Kind::cause),

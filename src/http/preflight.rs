@@ -51,7 +51,6 @@ pub fn question(sites: &SiteTable, upstream: &str, set: &SetConfig, preflight: &
         host: host.unwrap_or(HOST).to_owned(),
         https: preflight.https,
         params: route.params.clone(),
-        script_filename: format!("{document_root}{}", script.name),
         script_name: script.name.into_owned(),
         path_info: String::from_utf8_lossy(script.path_info).into_owned(),
         document_root,

@@ -4,6 +4,7 @@ use std::{
     borrow::Cow,
     cell::RefCell,
     collections::HashMap,
+    convert::Infallible,
     path::{Path, PathBuf},
     rc::Rc,
     sync::Arc,
@@ -91,7 +92,7 @@ impl Worker {
 }
 
 /// Answers one request, whatever it is.
-pub async fn serve(worker: Rc<Worker>, peer: Peer, request: Request<Incoming>) -> Response<Answer> {
+pub async fn serve(worker: Rc<Worker>, peer: Peer, request: Request<Incoming>) -> Result<Response<Answer>, Infallible> {
     let (parts, body) = request.into_parts();
     let (body, unread) = Lent::new(body);
     let (settings, sites) = {
@@ -136,7 +137,7 @@ pub async fn serve(worker: Rc<Worker>, peer: Peer, request: Request<Incoming>) -
     // Errors too: else a page sees no more of one than that there was one.
     if let Some(told) = record.cors.take() {
         let is_preflight = response.status() == StatusCode::NO_CONTENT && cors::is_preflight(&parts);
-        response = cors::told(&told, &parts, is_preflight, response).await;
+        response = Box::pin(cors::told(&told, &parts, is_preflight, response)).await;
     }
     record.status.set(response.status().as_u16());
     let is_phps = record.way.borrow().attempts > 0;
@@ -149,7 +150,7 @@ pub async fn serve(worker: Rc<Worker>, peer: Peer, request: Request<Incoming>) -
     // Last, when its type and all else is said.
     let compress = record.way.borrow().route.as_ref().and_then(|route| route.compress.clone());
     if let Some(compress) = compress {
-        response = compress::shrunk(&compress, &worker.buffers.pool, &parts, is_phps, response).await;
+        response = Box::pin(compress::shrunk(&compress, &worker.buffers.pool, &parts, is_phps, response)).await;
     }
     if let Some(heads) = record.heads.borrow_mut().as_mut() {
         heads.response.clone_from(response.headers());
@@ -159,7 +160,7 @@ pub async fn serve(worker: Rc<Worker>, peer: Peer, request: Request<Incoming>) -
         finish.whole();
     }
     let pace = record.pace.get().map(Pace::new);
-    response.map(|content| Answer::new(content, pace, finish))
+    Ok(response.map(|content| Answer::new(content, pace, finish)))
 }
 
 fn explain(record: &Record, error: &Error) {
@@ -236,7 +237,11 @@ async fn answer(
         true => Err(Error::new(Kind::NotFound, format!("route {} is internal", route.path))),
         false => asks.answer(&route, parts, &path, query, body).await,
     };
-    match asks.error_page(&route, parts, &result).await {
+    let page = match Asks::may_have_page(&result) {
+        Some(status) => Box::pin(asks.error_page(&route, parts, &result, status)).await,
+        None => None,
+    };
+    match page {
         Some(page) => {
             if let Err(error) = &result {
                 record.cause.set(Some(error.kind));
@@ -354,7 +359,7 @@ impl Asks<'_> {
                 }
             }
             if let Some(asked) = &guard.basic_auth
-                && !self.is_known(asked, parts).await?
+                && !Box::pin(self.is_known(asked, parts)).await?
             {
                 self.record.cause.set(Some(Kind::Unauthorized));
                 let mut response = status(StatusCode::UNAUTHORIZED, &[]);
@@ -417,7 +422,9 @@ impl Asks<'_> {
             let why = format!("X-Accel-Redirect leads to {shown}, whose route is not internal");
             return Err(Error::new(Kind::Internal, why));
         }
-        let mut response = self.by_route(route, &parts, &path, query.as_deref(), Some(Empty::<Bytes>::new())).await?;
+        let body = Some(Empty::<Bytes>::new());
+        // On the heap, as all that is rare: the way of every request would need room for it.
+        let mut response = Box::pin(self.by_route(route, &parts, &path, query.as_deref(), body)).await?;
         // A script may have its own word.
         let accel::Told { redirect: further, limit_rate, charset } = accel::take(response.headers_mut())?;
         if limit_rate.is_some() {
@@ -430,18 +437,22 @@ impl Asks<'_> {
         Ok((response, charset))
     }
 
-    /// The page that the route has for this outcome. PHP's own pages, whatever their status, are PHP's.
+    /// The status that a page of the route may be shown for. PHP's own pages, whatever their status, are PHP's.
+    fn may_have_page(result: &Result<Response<Content>, Error>) -> Option<StatusCode> {
+        match result {
+            Err(error) => Some(error.kind.status()),
+            Ok(response) => response.extensions().get::<Bare>().map(|Bare| response.status()),
+        }
+    }
+
+    /// The page that the route has for this outcome.
     async fn error_page(
         &self,
         route: &Route,
         parts: &Parts,
         result: &Result<Response<Content>, Error>,
+        status: StatusCode,
     ) -> Option<Response<Content>> {
-        let status = match result {
-            Err(error) => error.kind.status(),
-            Ok(response) if response.extensions().get::<Bare>().is_some() => response.status(),
-            Ok(_) => return None,
-        };
         let is_maintenance = matches!(result, Err(error) if error.kind == Kind::Maintenance);
         let own = route.maintenance.as_ref().filter(|_| is_maintenance).and_then(|maintenance| maintenance.page.clone());
         let own = own.map(ErrorPage::Path);
@@ -472,7 +483,7 @@ impl Asks<'_> {
                 // asked.
                 let may_run = ![401, 403, 429].contains(&status.as_u16()) && !is_maintenance;
                 let body = may_run.then(Empty::<Bytes>::new);
-                match self.by_route(route, &parts, path.as_bytes(), None, body).await {
+                match Box::pin(self.by_route(route, &parts, path.as_bytes(), None, body)).await {
                     // An application's own page may say the status itself.
                     Ok(mut response)
                         if (response.status().is_success() || response.status() == status)
@@ -547,7 +558,7 @@ impl Asks<'_> {
         let script = match (target, &root) {
             (Target::Script(script), _) => script,
             (Target::Status(code), _) => return Ok(status(code, &[])),
-            (Target::NotFound(why), root) => return Err(refused(worker, site, root.as_deref(), path, why).await),
+            (Target::NotFound(why), root) => return Err(Box::pin(refused(worker, site, root.as_deref(), path, why)).await),
             (Target::Lookup(_), None) => return Err(Error::new(Kind::NotFound, "no root".to_owned())),
             (Target::Lookup(lookup), Some(root)) => {
                 let request = FileRequest { method: &parts.method, headers: &parts.headers, path, query };
@@ -556,7 +567,7 @@ impl Asks<'_> {
                 let served = if elsewhere.is_empty() {
                     worker.files.serve(request, around, lookup).await?
                 } else {
-                    serve_from_any(worker, request, around, &elsewhere, lookup).await?
+                    Box::pin(serve_from_any(worker, request, around, &elsewhere, lookup)).await?
                 };
                 match served {
                     Served::Response(mut response) => {

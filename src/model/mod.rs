@@ -1,6 +1,7 @@
 //! Plain values that every layer may use. No behaviour beyond parsing, display and look-up in itself.
 
 pub mod address;
+pub mod clock;
 pub mod log_text;
 pub mod names;
 pub mod peer;

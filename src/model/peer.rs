@@ -32,8 +32,9 @@ pub struct ClientInfo {
 
 /// An authority's name alone: `example.com:8080` is `example.com`, `[::1]:8080` is `[::1]` (RFC 3875, section 4.1.14).
 pub fn without_port(host: &str) -> &str {
-    match host.find(']') {
-        Some(end) if host.starts_with('[') => &host[..=end],
-        _ => host.split_once(':').map_or(host, |(name, _)| name),
-    }
+    let end = match host.strip_prefix('[').and_then(|rest| memchr::memchr(b']', rest.as_bytes())) {
+        Some(end) => Some(end + 2),
+        None => memchr::memchr(b':', host.as_bytes()),
+    };
+    end.and_then(|end| host.get(..end)).unwrap_or(host)
 }

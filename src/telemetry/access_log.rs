@@ -164,6 +164,11 @@ impl Writer {
         matches!(&self.shared.format.load().access, AccessFormat::Custom(text) if text.needs_heads)
     }
 
+    /// Whether lines are written at all.
+    pub fn is_on(&self) -> bool {
+        self.shared.format.load().access != AccessFormat::Off
+    }
+
     /// Formats one line. Never blocks.
     pub fn log(&self, entry: &Entry<'_>) {
         let format = self.shared.format.load();

@@ -27,7 +27,10 @@ use crate::{
         reaper::Reaper,
     },
     lifecycle::drain::End,
-    model::upstream::{Balance, LeasePolicy},
+    model::{
+        clock,
+        upstream::{Balance, LeasePolicy},
+    },
 };
 
 /// Expired leases are closed at most so often.
@@ -36,7 +39,8 @@ const SWEEP_RESOLUTION: Duration = Duration::from_millis(5);
 /// Milliseconds since the process began to ask: the clock of health.
 pub fn now_ms() -> u64 {
     static START: OnceLock<Instant> = OnceLock::new();
-    u64::try_from(START.get_or_init(Instant::now).elapsed().as_millis()).unwrap_or(u64::MAX)
+    let start = *START.get_or_init(Instant::now);
+    u64::try_from(clock::now().saturating_duration_since(start).as_millis()).unwrap_or(u64::MAX)
 }
 
 /// What a request wants of dispatch.
@@ -348,7 +352,7 @@ impl Dispatcher {
         let (Some(conn), Some(policy)) = (conn, &upstream.policy.lease) else { return };
         let endpoint = slot.endpoint.clone();
         let terms = terms(policy, endpoint.is_shared_by_replicas());
-        if !endpoint.may_lease() || !Pool::<Slot>::fits(&conn, &terms, Instant::now()) {
+        if !endpoint.may_lease() || !Pool::<Slot>::fits(&conn, &terms, clock::now()) {
             return;
         }
         let queue = &upstream.queue;

@@ -13,7 +13,7 @@ use super::{
     dispatch::now_ms,
     sync::{AtomicU32, AtomicU64, AtomicUsize, Ordering, update},
 };
-use crate::model::upstream::LanePolicy;
+use crate::model::{clock, upstream::LanePolicy};
 
 /// No capacity known: no limits.
 const UNLIMITED: u32 = u32::MAX;
@@ -151,7 +151,7 @@ impl Lanes {
 
     /// One request more at work, if its lane has room. It has no slot by that yet.
     pub fn enter(self: &Arc<Self>, at: usize) -> Option<Work> {
-        let work = || Work { began: Instant::now(), lanes: self.clone(), lane: at, counted: true };
+        let work = || Work { began: clock::now(), lanes: self.clone(), lane: at, counted: true };
         if self.is_plain() {
             return Some(work());
         }
@@ -274,7 +274,7 @@ impl Drop for Work {
             let counts = &self.lanes.lanes[self.lane].counts;
             counts.finished.fetch_add(1, Ordering::Relaxed);
             // A stream that was open for hours says nothing about the next request.
-            let spent = u64::try_from(self.began.elapsed().min(LONGEST).as_micros()).unwrap_or(u64::MAX);
+            let spent = u64::try_from(clock::now().saturating_duration_since(self.began).min(LONGEST).as_micros()).unwrap_or(u64::MAX);
             counts.spent_us.fetch_add(spent, Ordering::Relaxed);
         }
         self.leave();

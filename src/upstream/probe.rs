@@ -67,15 +67,13 @@ pub struct Question {
     pub script_name: String,
     pub path_info: String,
     pub document_root: String,
-    pub script_filename: String,
 }
 
 impl Question {
     /// Of ping and status, which FPM answers itself.
     fn of_fpm(path: &str, query: &str) -> Self {
         let uri = if query.is_empty() { path.to_owned() } else { format!("{path}?{query}") };
-        let (script_name, script_filename) = (path.to_owned(), path.to_owned());
-        Question { uri, query: query.to_owned(), script_name, script_filename, ..Question::default() }
+        Question { uri, query: query.to_owned(), script_name: path.to_owned(), ..Question::default() }
     }
 }
 
@@ -450,7 +448,6 @@ fn encode(out: &mut BytesMut, question: &Question) -> Result<(), params::ParamsE
                 script_name: &question.script_name,
                 path_info: &question.path_info,
                 document_root: &question.document_root,
-                script_filename: &question.script_filename,
             },
         },
     )?;

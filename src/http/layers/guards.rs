@@ -121,17 +121,23 @@ pub fn valid_host(host: &str) -> bool {
             None => return false,
         }
     } else {
-        match host.split_once(':') {
-            Some((name, port)) => (Some(name), Some(port)),
+        match memchr::memchr(b':', host.as_bytes()).and_then(|at| host.split_at_checked(at)) {
+            Some((name, port)) => (Some(name), port.get(1..)),
             None => (Some(host), None),
         }
     };
     let name_is_valid = name.is_none_or(|name| {
         let name = name.strip_suffix('.').unwrap_or(name);
-        !name.is_empty()
-            && name.split('.').all(|label| {
-                !label.is_empty() && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_')
-            })
+        // Labels, none of them empty.
+        let mut before = b'.';
+        name.bytes().all(|byte| {
+            let fits = match byte {
+                b'.' => before != b'.',
+                byte => byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_',
+            };
+            before = byte;
+            fits
+        }) && before != b'.'
     });
     // "host:" with an empty port is what RFC 3986 allows.
     let port_is_valid =
