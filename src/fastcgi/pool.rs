@@ -4,7 +4,7 @@
 //! short idle time. The pool does no I/O but to look whether an idle connection is still quiet; it is generic over what travels
 //! with a connection (`T`, the slot), which is given back by its drop.
 
-use std::{collections::HashMap, time::Duration};
+use std::{collections::BTreeMap, time::Duration};
 
 use tokio::time::Instant;
 
@@ -26,7 +26,7 @@ struct Lease<T> {
 
 /// The leases of one worker by endpoint. Bounded by the slots, which are taken before a connection is made.
 pub struct Pool<T> {
-    leases: HashMap<u64, Vec<Lease<T>>>,
+    leases: BTreeMap<u64, Vec<Lease<T>>>,
     /// Endpoints in the order in which a lease was parked last, so that the warmest is found first.
     recent: Vec<u64>,
     parked: usize,
@@ -34,7 +34,7 @@ pub struct Pool<T> {
 
 impl<T> Default for Pool<T> {
     fn default() -> Self {
-        Pool { leases: HashMap::default(), recent: Vec::new(), parked: 0 }
+        Pool { leases: BTreeMap::default(), recent: Vec::new(), parked: 0 }
     }
 }
 

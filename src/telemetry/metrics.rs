@@ -34,6 +34,8 @@ pub const BUCKETS: [f64; 15] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.
 const MAX_NAMES: usize = 1024;
 /// Rows below one name: codes times sets, or sets times results.
 const MAX_ROWS: usize = 1024;
+/// Of the names, before their index is asked.
+const LOOKED_THROUGH: usize = 4;
 const OTHER: &str = "other";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -363,8 +365,10 @@ struct Named<V> {
 
 impl<V: Default> Named<V> {
     fn get(&mut self, name: &str) -> &mut V {
-        let at = match self.index.get(name) {
-            Some(&at) => at,
+        // Most have one site and one upstream: looking costs less than hashing.
+        let among_first = self.values.iter().take(LOOKED_THROUGH).position(|(known, _)| **known == *name);
+        let at = match among_first.or_else(|| self.index.get(name).copied()) {
+            Some(at) => at,
             None if self.values.len() > MAX_NAMES => MAX_NAMES,
             None => {
                 let name = if self.values.len() == MAX_NAMES { OTHER } else { name };

@@ -9,16 +9,9 @@ use crate::model::names::X_REQUEST_ID;
 /// An id taken over from a trusted proxy may be this long.
 pub const MAX_LEN: usize = 128;
 
-/// Cheap to clone: ours lies in line, a foreign one is shared.
+/// Cheap to clone. Ours are 128 random bits in lower-case hex: as unique as a UUID, and without its dashes a valid W3C trace id.
 #[derive(Clone, PartialEq, Eq, Hash)]
-pub struct RequestId(Inner);
-
-#[derive(Clone, PartialEq, Eq, Hash)]
-enum Inner {
-    /// 128 random bits in lower-case hex: as unique as a UUID, and without its dashes a valid W3C trace id.
-    Ours([u8; 32]),
-    Given(Arc<str>),
-}
+pub struct RequestId(Arc<str>);
 
 impl RequestId {
     /// A new one, from the thread's own generator: no lock, no system call.
@@ -27,7 +20,8 @@ impl RequestId {
         for (pair, byte) in hex.chunks_exact_mut(2).zip(rand::random::<[u8; 16]>()) {
             pair.copy_from_slice(&[digit(byte >> 4), digit(byte & 15)]);
         }
-        RequestId(Inner::Ours(hex))
+        // Hex is always UTF-8.
+        RequestId(str::from_utf8(&hex).unwrap_or_default().into())
     }
 
     /// `X-Request-ID` of a trusted proxy if there is exactly one and it is 1 to 128 of `A-Za-z0-9._-:/+=@`; else a
@@ -40,18 +34,14 @@ impl RequestId {
                 && (1..=MAX_LEN).contains(&text.len())
                 && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-:/+=@".contains(&byte))
             {
-                return RequestId(Inner::Given(text.into()));
+                return RequestId(text.into());
             }
         }
         RequestId::random()
     }
 
     pub fn as_str(&self) -> &str {
-        match &self.0 {
-            // Hex is always UTF-8.
-            Inner::Ours(hex) => str::from_utf8(hex).unwrap_or_default(),
-            Inner::Given(text) => text,
-        }
+        &self.0
     }
 }
 
