@@ -54,11 +54,7 @@ fn request(c: &mut Criterion) {
         remote_user: "",
         request_id: "0190163d8694739b",
         extra: &[],
-        script: Script {
-            script_name: "/index.php",
-            path_info: "",
-            document_root: "/var/www/html/public",
-        },
+        script: Script { script_name: "/index.php", path_info: "", document_root: "/var/www/html/public" },
     };
     let mut out = BytesMut::with_capacity(4096);
     c.bench_function("request: GET with 15 headers", |b| {

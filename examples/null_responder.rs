@@ -4,9 +4,8 @@ use slackwater::fastcgi::responder::{self, Socket};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut arguments = std::env::args().skip(1);
-    let mut next = |what: &str| {
-        arguments.next().ok_or_else(|| format!("{what} is missing: null_responder ADDRESS BYTES WORKERS [HEADERS]"))
-    };
+    let mut next =
+        |what: &str| arguments.next().ok_or_else(|| format!("{what} is missing: null_responder ADDRESS BYTES WORKERS [HEADERS]"));
     let (address, bytes, workers) = (next("ADDRESS")?, next("BYTES")?.parse()?, next("WORKERS")?.parse()?);
     let headers = next("HEADERS").map_or(Ok(0), |headers| headers.parse())?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build_local(Default::default())?;

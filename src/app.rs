@@ -409,11 +409,7 @@ async fn worker(
 
     let serve = Rc::new(move |stream, peer: Peer, permit: Permit| {
         let (worker, shared, shard) = (worker.clone(), shared.clone(), shard.clone());
-        let service = move |peer: Peer| {
-            tower::service_fn(move |request| {
-                stack::serve(worker.clone(), peer, request)
-            })
-        };
+        let service = move |peer: Peer| tower::service_fn(move |request| stack::serve(worker.clone(), peer, request));
         tokio::task::spawn_local(async move {
             shard.connection_opened();
             connection::serve(shared, stream, peer, service).await;

@@ -146,6 +146,7 @@ impl World {
             let want = Want {
                 upstream: "php",
                 once: true,
+                again: false,
                 key: b"",
                 tried: &[],
                 refused: &[],

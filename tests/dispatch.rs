@@ -21,7 +21,7 @@ fn dispatcher(endpoints: u16) -> Rc<Dispatcher> {
 }
 
 fn want<'a>(tried: &'a [u64], refused: &'a [u64]) -> Want<'a> {
-    Want { upstream: "php", once: true, key: b"", tried, refused, since: Instant::now(), deadline: None, lane: None }
+    Want { upstream: "php", once: true, again: false, key: b"", tried, refused, since: Instant::now(), deadline: None, lane: None }
 }
 
 async fn poll_once<T>(future: &mut Pin<Box<impl Future<Output = T>>>) -> Option<T> {

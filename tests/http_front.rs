@@ -80,6 +80,35 @@ async fn deadlines_of_their_own_for_head_idle_and_body() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_connection_that_was_parked_goes_on() {
+    let (fpm, proxy) = start("idle_timeout = \"2s\"").await;
+    let mut client = Connection::<TcpStream>::open(proxy.http()).await.unwrap();
+    // Longer than it takes to be parked: before its first request, and between requests.
+    let pause = Duration::from_millis(300);
+    for _ in 0..3 {
+        tokio::time::sleep(pause).await;
+        assert_eq!(client.get("/index.php").await.unwrap().status, 200);
+        // Two at once, and a body behind a head that came alone.
+        client.send("GET /index.php HTTP/1.1\r\nHost: a\r\n\r\nGET /index.php HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
+        for answer in client.read_pipelined(&["GET", "GET"]).await.unwrap() {
+            assert_eq!(answer.status, 200);
+        }
+        client.send("POST /index.php HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n").await.unwrap();
+        tokio::time::sleep(pause).await;
+        client.send("hi").await.unwrap();
+        assert_eq!(client.read_response("POST").await.unwrap().status, 200);
+    }
+    // A byte at a time, across the time after which an idle one is parked.
+    tokio::time::sleep(pause).await;
+    client.send("G").await.unwrap();
+    tokio::time::sleep(pause).await;
+    assert_eq!(client.exchange("GET", b"ET /index.php HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap().status, 200);
+    assert_eq!(fpm.requests().len(), 13);
+    // Parked, it still ends after idle_timeout.
+    assert_eq!(client.wait_closed(Duration::from_secs(20)).await, Ok(true));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn malformed_requests_get_the_status_of_the_rfc() {
     let (fpm, proxy) = start("").await;
     for (request, status) in [

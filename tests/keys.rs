@@ -163,6 +163,7 @@ const SEEN: &[(&str, &str)] = &[
     ("lease requests", "keys leases_end_as_they_are_told"),
     ("lease age", "keys leases_end_as_they_are_told"),
     ("lease idle", "keys leases_end_as_they_are_told"),
+    ("lease non_idempotent", "keys leases_end_as_they_are_told"),
     ("queue max", "slots the_queue_is_bounded_in_number_and_time_and_a_leaver_is_never_begun"),
     ("queue timeout", "slots the_queue_is_bounded_in_number_and_time_and_a_leaver_is_never_begun"),
     ("set endpoints", "swap toml"),
@@ -453,17 +454,20 @@ async fn health_fails_after_its_delay_and_idle_connections_end_when_quiet() {
 #[tokio::test(flavor = "multi_thread")]
 async fn leases_end_as_they_are_told() {
     // Requests one after the other on one worker: how many connections does FPM see?
-    let connections = async |upstream: &str, pause: Duration| {
+    let connections_of = async |request: &str, upstream: &str, pause: Duration| {
         let fpm = hello().await;
         let upstream = format!("workers_per_endpoint = 4\n{upstream}");
         let proxy = Slackwater::start(&toml(&fpm, "", "", &upstream, "")).await;
         let mut client = Connection::<TcpStream>::open(proxy.http()).await.unwrap();
         for _ in 0..6 {
-            assert_eq!(client.get("/").await.unwrap().status, 200);
+            let method = request.split(' ').next().unwrap();
+            assert_eq!(client.exchange(method, request.as_bytes()).await.unwrap().status, 200);
             tokio::time::sleep(pause).await;
         }
         fpm.connections()
     };
+    let connections =
+        async |upstream: &str, pause: Duration| connections_of("GET / HTTP/1.1\r\nHost: a\r\n\r\n", upstream, pause).await;
     let none = Duration::ZERO;
     let long = "age = \"60s\", idle = \"60s\"";
     assert_eq!(connections(&format!("lease = {{ requests = 100, {long} }}"), none).await, 1);
@@ -473,6 +477,10 @@ async fn leases_end_as_they_are_told() {
     assert_eq!(connections("lease = { requests = 100, age = \"60s\", idle = \"1ms\" }", pause).await, 6);
     assert_eq!(connections("lease = { requests = 100, age = \"1ms\", idle = \"60s\" }", pause).await, 6);
     assert_eq!(connections(&format!("lease = {{ requests = 100, {long} }}"), pause).await, 1);
+    // What must not run twice has a connection of its own, unless FPM is said never to end one by itself.
+    let post = "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nhi";
+    assert_eq!(connections_of(post, &format!("lease = {{ requests = 100, {long} }}"), none).await, 6);
+    assert_eq!(connections_of(post, &format!("lease = {{ requests = 100, {long}, non_idempotent = true }}"), none).await, 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]

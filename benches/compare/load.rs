@@ -173,11 +173,7 @@ async fn hold(plan: &Plan, tls: Option<&TlsConnector>, request: &[u8]) -> Vec<Bo
     held
 }
 
-async fn connect(
-    address: SocketAddr,
-    from: Option<Ipv4Addr>,
-    tls: Option<&TlsConnector>,
-) -> io::Result<(Box<dyn Wire>, bool)> {
+async fn connect(address: SocketAddr, from: Option<Ipv4Addr>, tls: Option<&TlsConnector>) -> io::Result<(Box<dyn Wire>, bool)> {
     let socket = tokio::net::TcpSocket::new_v4()?;
     if let Some(from) = from {
         socket.bind((from, 0).into())?;

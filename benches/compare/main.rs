@@ -97,7 +97,9 @@ impl Stage {
             fs::set_permissions(folder, fs::Permissions::from_mode(0o755)).expect("our folder");
         }
         let page: String = (0..600).map(|n| format!("<p>A line of a page, number {n}, and some more of it.\n")).collect();
-        for (name, bytes) in [("10k.bin", vec![b'x'; 10 * 1024]), ("10m.bin", vec![b'x'; 10 * 1024 * 1024]), ("page.html", page.into())] {
+        for (name, bytes) in
+            [("10k.bin", vec![b'x'; 10 * 1024]), ("10m.bin", vec![b'x'; 10 * 1024 * 1024]), ("page.html", page.into())]
+        {
             fs::write(files.path().join(name), bytes).expect("it is written");
         }
         let gzip = Command::new("gzip").arg("-k").arg(files.path().join("page.html")).status().expect("gzip runs");
@@ -124,7 +126,7 @@ impl Stage {
         };
         let program = Path::new(env!("CARGO_BIN_EXE_slackwater")).parent().expect("a folder").join("examples/null_responder");
         let mut command = Command::new("taskset");
-        command.args(["-c", "1"]).arg(program).args([&told, &bytes.to_string(), "1024", &headers.to_string()]);
+        command.args(["-c", "1"]).arg(program).args([&told, &bytes.to_string(), "4096", &headers.to_string()]);
         let child = children::spawn(command, libc::SIGTERM).expect("the responder starts");
         self.responders.insert(key, Responder { child: Some(child), address: address.clone() });
         std::thread::sleep(Duration::from_millis(200));
@@ -244,7 +246,8 @@ fn setup(stage: &mut Stage, row: &Row, fpm: Option<&RealFpm>) -> Setup {
     };
     Setup {
         backends,
-        capacity: if fpm.is_some() { FPM_WORKERS } else { 512 },
+        // As many as ask at once: the others know no such limit.
+        capacity: if fpm.is_some() { FPM_WORKERS } else { 4096 },
         reuse: row.reuse,
         full: row.full,
         tls: row.tls,
@@ -259,16 +262,8 @@ fn setup(stage: &mut Stage, row: &Row, fpm: Option<&RealFpm>) -> Setup {
 }
 
 fn measure(options: &Options, stage: &Stage, row: &Row, peer: Peer, proxy: &Running, round: usize, top: f64) -> Sample {
-    let mut sample = Sample {
-        row: row.id.to_owned(),
-        peer,
-        round,
-        cpu_us: 0.0,
-        rate: 0.0,
-        seen: Seen::default(),
-        rss: 0,
-        idle: None,
-    };
+    let mut sample =
+        Sample { row: row.id.to_owned(), peer, round, cpu_us: 0.0, rate: 0.0, seen: Seen::default(), rss: 0, idle: None };
     if let Clients::Http2(streams) = row.clients {
         let (seen, cpu) = h2load(options, proxy, streams);
         sample.cpu_us = cpu.as_secs_f64() * 1e6 / seen.requests.max(1) as f64;
@@ -296,14 +291,19 @@ fn measure(options: &Options, stage: &Stage, row: &Row, peer: Peer, proxy: &Runn
         drive(&Plan { idle: 0, seconds: 0.5, ..plan.clone() }, core, |_| {}, || {});
         let before = proxy.rss();
         let mut found = (0.0, 0.0);
-        let held = drive(&Plan { mode: Mode::Hold, ..plan }, core, |child| {
-            std::thread::sleep(Duration::from_secs(1));
-            let bytes = proxy.rss().saturating_sub(before) as f64 / row.idle as f64;
-            let (cpu, began) = (proxy.cpu(), Instant::now());
-            std::thread::sleep(Duration::from_secs(5));
-            found = (bytes, 100.0 * (proxy.cpu() - cpu).as_secs_f64() / began.elapsed().as_secs_f64());
-            drop(child.stdin.take());
-        }, || {});
+        let held = drive(
+            &Plan { mode: Mode::Hold, ..plan },
+            core,
+            |child| {
+                std::thread::sleep(Duration::from_secs(1));
+                let bytes = proxy.rss().saturating_sub(before) as f64 / row.idle as f64;
+                let (cpu, began) = (proxy.cpu(), Instant::now());
+                std::thread::sleep(Duration::from_secs(5));
+                found = (bytes, 100.0 * (proxy.cpu() - cpu).as_secs_f64() / began.elapsed().as_secs_f64());
+                drop(child.stdin.take());
+            },
+            || {},
+        );
         sample.idle = Some(found);
         sample.rss = proxy.rss();
         sample.seen = held;

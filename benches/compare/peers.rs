@@ -205,7 +205,9 @@ impl Running {
     /// CPU of the threads whose names begin with `name`, by the scheduler's own clock.
     pub fn cpu_of_threads(&self, name: &str) -> Duration {
         let mut all = 0;
-        for task in self.pids().into_iter().flat_map(|pid| fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten()) {
+        for task in
+            self.pids().into_iter().flat_map(|pid| fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten())
+        {
             let read = |file: &str| fs::read_to_string(task.path().join(file)).unwrap_or_default();
             if read("comm").starts_with(name) {
                 all += read("schedstat").split(' ').next().and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
@@ -278,13 +280,14 @@ fn slackwater(setup: &Setup, address: SocketAddr, certificate: &Certificate, fol
     }
     let _ = writeln!(out, "[upstream.php]\nworkers_per_endpoint = {}", setup.capacity);
     out += match setup.reuse {
-        Reuse::Kept => "lease = { requests = 1000000, age = \"60s\", idle = \"1s\" }\n",
+        // As Nginx and HAProxy, which send posts over kept connections too.
+        Reuse::Kept => "lease = { requests = 1000000, age = \"60s\", idle = \"1s\", non_idempotent = true }\n",
         Reuse::Default => "",
         Reuse::Off => "keepalive = \"off\"\n",
     };
     let _ = writeln!(
         out,
-        "active = \"blue\"\n[upstream.php.set.blue]\nendpoints = {0:?}\n[upstream.php.set.green]\nendpoints = {0:?}\n[[site]]\nphp_root = \"{1}\"\nupstream = \"php\"",
+        "active = \"blue\"\n[upstream.php.set.blue]\nendpoints = {0:?}\n[upstream.php.set.green]\nendpoints = {0:?}\n[[site]]\nphp_root = \"{1}\"\nscripts = [\"/*.php\"]\nupstream = \"php\"",
         setup.backends,
         setup.docroot.display()
     );
@@ -361,10 +364,11 @@ fn haproxy(setup: &Setup, address: SocketAddr, certificate: &Certificate, folder
         ),
         false => (String::new(), String::new()),
     };
-    let reuse = match setup.reuse {
-        Reuse::Kept => "http-reuse always\n",
-        Reuse::Default => "",
-        Reuse::Off => "http-reuse never\n",
+    // Where nothing is said it keeps an FPM worker for each client's connection, whatever their number: with more clients than workers the others starve.
+    // So that is row 1a's, and here it is told to make a connection for each request, as the others do.
+    let (reuse, keep) = match setup.reuse {
+        Reuse::Kept => ("http-reuse always\n", ""),
+        Reuse::Default | Reuse::Off => ("http-reuse never\n", "no option keep-conn\n"),
     };
     let head = format!(
         // It wants two descriptors for each connection, and would not start where it cannot have them.
@@ -385,7 +389,7 @@ fn haproxy(setup: &Setup, address: SocketAddr, certificate: &Certificate, folder
         all
     });
     format!(
-        "{head}fcgi-app php\ndocroot {}\npath-info ^(/.+\\.php)(/.*)?$\nfrontend http\nbind {address} backlog 4096 {bind}\n{routes}default_backend php\n\
+        "{head}fcgi-app php\n{keep}docroot {}\npath-info ^(/.+\\.php)(/.*)?$\nfrontend http\nbind {address} backlog 4096 {bind}\n{routes}default_backend php\n\
          backend php\nuse-fcgi-app php\n{reuse}{servers}",
         setup.docroot.display()
     )
@@ -396,7 +400,7 @@ fn caddy(setup: &Setup, address: SocketAddr, certificate: &Certificate, folder: 
         true => ("https", format!("tls {} {}", certificate.file("cert.pem"), certificate.file("key.pem"))),
         false => ("http", String::new()),
     };
-    let log = if setup.full { format!("log {{ output file {}/access.log }}", folder.display()) } else { String::new() };
+    let log = if setup.full { format!("log {{\noutput file {}/access.log\n}}", folder.display()) } else { String::new() };
     let metrics = if setup.full { "metrics" } else { "" };
     let routes: String = match setup.full {
         true => (0..10)

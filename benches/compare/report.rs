@@ -137,7 +137,8 @@ fn number(row: &Row, value: f64) -> String {
 
 pub fn page(state: &State, rows: &[Row], options: &Options) -> String {
     let model = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = model.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or_default().trim_start_matches([' ', '\t', ':']);
+    let model =
+        model.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or_default().trim_start_matches([' ', '\t', ':']);
     let mut out = format!(
         "# Benchmarks\n\n`benches/compare/run` wrote this on {} ({}; {} cores, {model}, {}): Slackwater beside {}.\n\n",
         command("date", &["-u", "+%F"]),

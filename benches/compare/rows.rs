@@ -57,6 +57,9 @@ pub struct Row {
     pub against: Option<Peer>,
 }
 
+/// DESIGN.md asks for 20,000; the machine that the published figures are from allows a process 20,000 descriptors, some of which are needed otherwise.
+const MANY: usize = 19_000;
+
 const ROW: Row = Row {
     id: "",
     title: "",
@@ -120,10 +123,10 @@ pub fn all() -> Vec<Row> {
         Row { tls: true, clients: Http2(10), ..row("5d", "HTTP/2 over TLS, 32 connections, 10 streams", 1.0, 0.9) },
         Row { tls: true, clients: Http2(100), ..row("5e", "HTTP/2 over TLS, 32 connections, 100 streams", 1.0, 0.9) },
         Row { idle: 5_000, judged: Judged::Memory, ..row("6a", "5,000 idle connections", 12_000.0, 1_700.0) },
-        Row { idle: 20_000, judged: Judged::Memory, ..row("6b", "20,000 idle connections", 12_000.0, 1_700.0) },
+        Row { idle: MANY, judged: Judged::Memory, ..row("6b", "19,000 idle connections", 12_000.0, 1_700.0) },
         Row { idle: 5_000, tls: true, judged: Judged::Memory, ..row("6c", "5,000 idle connections, TLS", 24_000.0, 16_800.0) },
-        Row { idle: 20_000, tls: true, judged: Judged::Memory, ..row("6d", "20,000 idle connections, TLS", 24_000.0, 16_800.0) },
-        Row { idle: 20_000, judged: Judged::P99, ..row("6e", "64 active of 20,000 connections", 1.0, 1.0) },
+        Row { idle: MANY, tls: true, judged: Judged::Memory, ..row("6d", "19,000 idle connections, TLS", 24_000.0, 16_800.0) },
+        Row { idle: MANY, judged: Judged::P99, ..row("6e", "64 active of 19,000 connections", 1.0, 1.0) },
         Row { clients: Open(0.5), judged: Judged::P99, ..row("7a", "at 50% of Nginx's highest rate", 1.0, 1.0) },
         Row { clients: Open(0.7), judged: Judged::P99, ..row("7b", "at 70% of Nginx's highest rate", 1.0, 1.0) },
         Row { clients: Open(0.9), judged: Judged::P99, ..row("7c", "at 90% of Nginx's highest rate", 1.0, 1.0) },

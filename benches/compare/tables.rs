@@ -37,9 +37,10 @@ pub fn measure(stage: &mut Stage, options: &Options) -> Vec<Point> {
     let cases: Vec<(String, Setup, bool)> = [1, 100, 10_000]
         .map(|routes| (format!("{routes} routes"), Setup { routes, full: false, ..plain.clone() }, false))
         .into_iter()
-        .chain([1, 100, 5_000].map(|n| {
-            (format!("{n} endpoints"), Setup { backends: endpoints(n), capacity: 64, ..plain.clone() }, false)
-        }))
+        .chain(
+            [1, 100, 5_000]
+                .map(|n| (format!("{n} endpoints"), Setup { backends: endpoints(n), capacity: 64, ..plain.clone() }, false)),
+        )
         .chain([(format!("a swap every {} ms", SWAP_EVERY.as_millis()), plain.clone(), true)])
         .collect();
     let proxies: Vec<_> =
@@ -58,8 +59,7 @@ pub fn measure(stage: &mut Stage, options: &Options) -> Vec<Point> {
                 resume: false,
                 idle: 0,
             };
-            let (before, used, over, turns) =
-                (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false), AtomicU64::new(0));
+            let (before, used, over, turns) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false), AtomicU64::new(0));
             let cpu = || u64::try_from(proxy.cpu_of_threads("worker").as_nanos()).unwrap_or(u64::MAX);
             let seen = std::thread::scope(|scope| {
                 if *swaps {
@@ -77,7 +77,11 @@ pub fn measure(stage: &mut Stage, options: &Options) -> Vec<Point> {
             });
             let cpu_us = used.into_inner() as f64 / 1e3 / seen.requests.max(1) as f64;
             let turns = turns.into_inner();
-            println!("  {what}: {cpu_us:.2} us of the worker, {} errors{}", seen.errors, if *swaps { format!(", {turns} swaps") } else { String::new() });
+            println!(
+                "  {what}: {cpu_us:.2} us of the worker, {} errors{}",
+                seen.errors,
+                if *swaps { format!(", {turns} swaps") } else { String::new() }
+            );
             points.push(Point { what: what.clone(), round, cpu_us, errors: seen.errors });
         }
     }
@@ -88,12 +92,8 @@ pub fn measure(stage: &mut Stage, options: &Options) -> Vec<Point> {
 fn swap(admin: &Path, set: &str) {
     let body = format!("{{\"upstream\":\"php\",\"set\":\"{set}\"}}");
     let mut stream = UnixStream::connect(admin).expect("the admin socket is there");
-    write!(
-        stream,
-        "POST /swap HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
-        body.len()
-    )
-    .expect("it is taken");
+    write!(stream, "POST /swap HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}", body.len())
+        .expect("it is taken");
     let mut answer = String::new();
     stream.read_to_string(&mut answer).expect("it is answered");
     assert!(answer.contains(" 200 "), "the swap is refused: {answer}");

@@ -22,7 +22,7 @@ use crate::model::{
     site::{Files, Origin, Pattern, PhpRoot, Symlinks},
     text::Text,
     tls::CertificateFiles,
-    upstream::{Balance, Ping, Port, ServicePort, SetConfig},
+    upstream::{Balance, LeasePolicy, Ping, Port, ServicePort, SetConfig},
 };
 
 pub fn expand(config: &Config) -> String {
@@ -170,7 +170,11 @@ fn upstream(out: &mut Out, name: &str, upstream: &UpstreamConfig) {
         Some(lease) => {
             out.key("keepalive", quote("lease"));
             let (age, idle) = (duration(lease.age), duration(lease.idle));
-            out.key("lease", format_args!("{{ requests = {}, age = {age}, idle = {idle} }}", lease.requests));
+            let LeasePolicy { requests, non_idempotent, .. } = lease;
+            out.key(
+                "lease",
+                format_args!("{{ requests = {requests}, age = {age}, idle = {idle}, non_idempotent = {non_idempotent} }}"),
+            );
         }
         None => out.key("keepalive", quote("off")),
     }

@@ -44,6 +44,8 @@ const MIN_BUFFER: usize = 8 * 1024;
 const MAX_HEADERS: usize = 256;
 /// An HTTP/2 answer is handed over in pieces of a frame's default size, so that taking one is progress however small the window.
 const MAX_PIECE: usize = 16 * 1024;
+/// hyper keeps some 20 KiB for an idle connection, and a new one costs a microsecond.
+const PARK_AFTER: Duration = Duration::from_millis(100);
 const NEVER: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// Told of what was refused before it was a request.
@@ -70,14 +72,14 @@ where
     let settings = (context.settings)();
     let progress = Progress::new(settings.listen.max_uri_bytes);
     let _entry = context.registry.add(progress.clone());
-    let opened = {
+    let stream = Watched::new(stream, progress.clone());
+    let opened = if peer.tls || settings.listen.proxy_protocol {
         // Before the first byte of HTTP a client has no more time than for a head.
-        if peer.tls || settings.listen.proxy_protocol {
-            progress.enter(Stage::Head);
-        }
-        let opening = open(Watched::new(stream, progress.clone()), peer, &settings);
-        tokio::pin!(opening);
+        progress.enter(Stage::Head);
+        let mut opening = Box::pin(open(stream, peer, &settings));
         under_deadlines(&context, &settings, &progress, |cx| opening.as_mut().poll(cx)).await
+    } else {
+        Ok(Ok((Stream::Plain(stream), peer)))
     };
     let (stream, peer) = match opened {
         Ok(Ok(opened)) => opened,
@@ -124,7 +126,7 @@ where
     };
     let service = {
         let (context, settings, progress, streams) = (context.clone(), settings.clone(), progress.clone(), streams.clone());
-        hyper::service::service_fn(move |request: Request<Incoming>| {
+        Rc::new(hyper::service::service_fn(move |request: Request<Incoming>| {
             let started = Started::new(progress.clone(), !request.body().is_end_stream());
             // HTTP/1 has one answer at a time: the connection's own look at the socket is enough.
             let stall = progress.multiplexed.get().then(Rc::<Stall>::default);
@@ -143,57 +145,101 @@ where
                 }
                 Ok::<_, Infallible>(response.map(|inner| CountedBody { inner, rest: None, given: 0, stall, _started: started }))
             }
-        })
+        }))
     };
 
+    let way = Way { context: &context, settings: &settings, progress: &progress, peer: &peer };
     match protocol {
-        Protocol::Http1 => {
-            let listen = &settings.listen;
+        Protocol::Http1 => way.http1(io, service).await,
+        // On the heap: it takes more room than a connection of HTTP/1, of which there are more.
+        Protocol::Http2 => Box::pin(way.http2(io, service, streams)).await,
+    }
+}
+
+/// What the ways to speak HTTP have in common.
+struct Way<'a> {
+    context: &'a Shared,
+    settings: &'a Settings,
+    progress: &'a Progress,
+    peer: &'a Peer,
+}
+
+impl Way<'_> {
+    async fn under_deadlines<T>(&self, work: impl FnMut(&mut Context<'_>) -> Poll<T>) -> Result<T, End> {
+        under_deadlines(self.context, self.settings, self.progress, work).await
+    }
+
+    async fn http1<S, B>(&self, mut io: Io, service: S)
+    where
+        S: hyper::service::HttpService<Incoming, ResBody = B, Error = Infallible> + Clone,
+        B: Body<Data = Bytes> + 'static,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        let Way { context, settings, progress, peer } = *self;
+        let listen = &settings.listen;
+        loop {
             let mut connection = conn::http1::Builder::new()
                 .max_headers(MAX_HEADERS)
                 // Room for both; which of them is too large the service says (414 or 431).
                 .max_buf_size((listen.max_uri_bytes + listen.max_header_bytes + 1024).max(MIN_BUFFER))
                 .header_read_timeout(None)
-                .serve_connection(TokioIo::new(io), service);
+                .serve_connection(TokioIo::new(io), service.clone());
+            progress.may_park.set(true);
             let end = {
                 let mut pinned = Pin::new(&mut connection);
-                under_deadlines(&context, &settings, &progress, |cx| {
+                self.under_deadlines(|cx| {
                     progress.leaving.set(context.phase.get() >= Phase::Draining);
                     pinned.as_mut().poll(cx)
                 })
                 .await
             };
+            progress.may_park.set(false);
             match end {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => {
-                    if progress.line_too_long.get() {
-                        let io = connection.into_parts().io.into_inner();
-                        finish(&context, &peer, &progress, End::LineTooLong, io).await;
-                    } else {
-                        refused_by_hyper(&context, &peer, &error);
+                Ok(Ok(())) => return,
+                Ok(Err(error)) if progress.line_too_long.get() => {
+                    tracing::debug!(peer = %peer.remote, %error, "the request line is too long");
+                    return finish(context, peer, progress, End::LineTooLong, connection.into_parts().io.into_inner()).await;
+                }
+                Ok(Err(error)) => return refused_by_hyper(context, peer, &error),
+                Err(End::Park) => {
+                    let parts = connection.into_parts();
+                    io = parts.io.into_inner();
+                    if !parts.read_buf.is_empty() {
+                        io.unread(parts.read_buf);
                     }
                 }
-                Err(end) => {
-                    let io = connection.into_parts().io.into_inner();
-                    finish(&context, &peer, &progress, end, io).await;
-                }
+                Err(end) => return finish(context, peer, progress, end, connection.into_parts().io.into_inner()).await,
+            }
+            // hyper's buffers and state are gone; what is left of an idle connection is its socket.
+            if let Err(end) = self.under_deadlines(|cx| io.poll_readable(cx)).await {
+                return finish(context, peer, progress, end, io).await;
             }
         }
-        Protocol::Http2 => {
-            progress.multiplexed.set(true);
-            progress.enter(Stage::Idle);
-            let listen = &settings.listen;
-            let connection = conn::http2::Builder::new(streams)
-                .timer(TokioTimer::new())
-                .max_concurrent_streams(MAX_STREAMS)
-                .max_header_list_size(u32::try_from(listen.max_uri_bytes + listen.max_header_bytes + 4096).unwrap_or(u32::MAX))
-                .keep_alive_interval(H2_PING_EVERY)
-                .keep_alive_timeout(H2_PING_TIMEOUT)
-                .serve_connection(TokioIo::new(io), service);
-            tokio::pin!(connection);
-            let leaving = Cell::new(false);
-            loop {
-                let end = under_deadlines(&context, &settings, &progress, |cx| {
+    }
+
+    async fn http2<S, B>(&self, io: Io, service: S, streams: Streams)
+    where
+        S: hyper::service::HttpService<Incoming, ResBody = B, Error = Infallible>,
+        S::Future: 'static,
+        B: Body<Data = Bytes> + 'static,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        let Way { context, settings, progress, peer } = *self;
+        progress.multiplexed.set(true);
+        progress.enter(Stage::Idle);
+        let listen = &settings.listen;
+        let connection = conn::http2::Builder::new(streams)
+            .timer(TokioTimer::new())
+            .max_concurrent_streams(MAX_STREAMS)
+            .max_header_list_size(u32::try_from(listen.max_uri_bytes + listen.max_header_bytes + 4096).unwrap_or(u32::MAX))
+            .keep_alive_interval(H2_PING_EVERY)
+            .keep_alive_timeout(H2_PING_TIMEOUT)
+            .serve_connection(TokioIo::new(io), service);
+        tokio::pin!(connection);
+        let leaving = Cell::new(false);
+        loop {
+            let end = self
+                .under_deadlines(|cx| {
                     progress.leaving.set(context.phase.get() >= Phase::Draining);
                     let worn = listen.max_requests_per_connection.is_some_and(|max| progress.served.get() >= max);
                     if !leaving.get() && (worn || context.phase.get() >= Phase::Draining) {
@@ -203,18 +249,14 @@ where
                     connection.as_mut().poll(cx)
                 })
                 .await;
-                match end {
-                    Err(End::Idle) if !leaving.get() => {
-                        leaving.set(true);
-                        connection.as_mut().graceful_shutdown();
-                        progress.since.set(Instant::now());
-                    }
-                    Ok(Err(error)) => {
-                        tracing::debug!(peer = %peer.remote, %error, "HTTP/2 connection ended");
-                        return;
-                    }
-                    _ => return,
+            match end {
+                Err(End::Idle) if !leaving.get() => {
+                    leaving.set(true);
+                    connection.as_mut().graceful_shutdown();
+                    progress.since.set(Instant::now());
                 }
+                Ok(Err(error)) => return tracing::debug!(peer = %peer.remote, %error, "HTTP/2 connection ended"),
+                _ => return,
             }
         }
     }
@@ -256,6 +298,8 @@ enum End {
     /// The client reads too slowly or not at all.
     WriteStalled,
     Cut,
+    /// Not the connection's end: it has been idle for so long that hyper's state is not worth its memory.
+    Park,
 }
 
 /// Polls `work` until it is done or a deadline of the connection has passed. One timer a connection, moved only when a
@@ -305,6 +349,10 @@ fn next_deadline(context: &Shared, settings: &Settings, progress: &Progress) -> 
         Stage::Head => Some((since + settings.listen.header_timeout, End::HeadTimeout)),
         Stage::Idle if context.phase.get() >= Phase::Aborting => Some((since, End::Idle)),
         Stage::Idle if context.phase.get() >= Phase::Draining => Some((since + settings.drain.quiet, End::Idle)),
+        // Not while an answer is still on its way.
+        Stage::Idle if progress.may_park.get() && PARK_AFTER < settings.listen.idle_timeout && !progress.stall.is_blocked() => {
+            Some((since + PARK_AFTER, End::Park))
+        }
         Stage::Idle => Some((since + settings.listen.idle_timeout, End::Idle)),
     };
     let write = progress
@@ -333,7 +381,7 @@ async fn finish(context: &Shared, peer: &Peer, progress: &Progress, end: End, mu
             let _ = tokio::time::timeout((context.settings)().listen.stall_timeout, io.shutdown()).await;
             return;
         }
-        End::Cut => return,
+        End::Cut | End::Park => return,
     };
     let error = Error::new(kind, format!("refused by deadline or limit: {end:?}"));
     (context.refused)(peer, &error);

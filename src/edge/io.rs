@@ -56,6 +56,8 @@ pub struct Progress {
     pub served: Cell<u64>,
     /// HTTP/2 has no stages: its head deadline is h2's own.
     pub multiplexed: Cell<bool>,
+    /// Idle, it may be parked.
+    pub may_park: Cell<bool>,
     /// The last request had a body, or could not be parsed: there may be unread bytes at the end.
     pub linger: Cell<bool>,
     /// The process is about to end: its connections close only when the client has all that was sent to it.
@@ -79,6 +81,7 @@ impl Progress {
             in_flight: Cell::new(0),
             served: Cell::new(0),
             multiplexed: Cell::new(false),
+            may_park: Cell::new(false),
             linger: Cell::new(false),
             leaving: Cell::new(false),
             line_bytes: Cell::new(Some(0)),
@@ -254,6 +257,20 @@ impl Io {
 
     pub fn unread(&mut self, prefix: Bytes) {
         self.prefix = prefix;
+    }
+
+    /// Until there is something to read, an end among it. Takes no buffer.
+    pub fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<()> {
+        let decrypted = match &self.stream {
+            Stream::Plain(_) => false,
+            // What has been decrypted already the socket knows nothing of.
+            Stream::Tls(tls) => !tls.get_ref().1.wants_read(),
+        };
+        if decrypted || self.prefix.has_remaining() {
+            return Poll::Ready(());
+        }
+        // An error is for the read to say.
+        self.stream.tcp().poll_read_ready(cx).map(drop)
     }
 
     /// Reads and throws away until the client closes, within bounds. A process that is about to end waits for the client to have

@@ -29,6 +29,8 @@ fn decide(bytes: &[u8]) -> Option<Protocol> {
 
 /// `None`: the client closed without a byte.
 pub async fn sniff(io: &mut Io) -> io::Result<Option<Protocol>> {
+    // A connection that is opened ahead of its first request holds no buffer.
+    std::future::poll_fn(|cx| io.poll_readable(cx)).await;
     let mut bytes = BytesMut::with_capacity(4 * 1024);
     loop {
         if io.read_buf(&mut bytes).await? == 0 {

@@ -38,6 +38,10 @@ impl Stall {
         self.0.set(None);
     }
 
+    pub fn is_blocked(&self) -> bool {
+        self.0.get().is_some()
+    }
+
     /// When it has had its time: `stall` without any progress, or, after the first `stall`, less than `min_rate` bytes a second.
     pub fn deadline(&self, stall: Duration, min_rate: u64) -> Option<Instant> {
         let mut blocked = self.0.get()?;

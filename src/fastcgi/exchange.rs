@@ -10,6 +10,7 @@
 //! ```
 
 use std::{
+    collections::VecDeque,
     future::poll_fn,
     io,
     pin::Pin,
@@ -162,7 +163,8 @@ pub trait StdinSource {
 pub enum Stdin {
     /// Nothing but the empty record that ends the stream. Also where the body is already in `Conn::output`.
     Done,
-    Memory(Bytes),
+    /// None is empty.
+    Memory(VecDeque<Bytes>),
     Source(Box<dyn StdinSource>),
 }
 
@@ -346,8 +348,11 @@ impl Exchange {
     fn poll_stdin(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Option<(u16, Bytes)>>> {
         let chunk = match &mut self.stdin {
             Stdin::Done => None,
-            Stdin::Memory(bytes) if bytes.is_empty() => None,
-            Stdin::Memory(bytes) => Some(bytes.split_to(bytes.len().min(record::MAX_CONTENT))),
+            Stdin::Memory(pieces) => match pieces.front_mut() {
+                None => None,
+                Some(piece) if piece.len() > record::MAX_CONTENT => Some(piece.split_to(record::MAX_CONTENT)),
+                Some(_) => pieces.pop_front(),
+            },
             Stdin::Source(source) => ready!(source.poll_chunk(cx))?,
         };
         Poll::Ready(match chunk {

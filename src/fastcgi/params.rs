@@ -300,8 +300,7 @@ mod tests {
     use super::*;
     use crate::fastcgi::{record::HEADER_LEN, responder::parse_params};
 
-    const SCRIPT: Script =
-        Script { script_name: "/index.php", path_info: "", document_root: "/app" };
+    const SCRIPT: Script = Script { script_name: "/index.php", path_info: "", document_root: "/app" };
 
     fn input<'a>(headers: &'a HeaderMap, extra: &'a [(String, String)]) -> Input<'a> {
         Input {

@@ -27,7 +27,7 @@ use crate::{
 #[derive(Debug)]
 pub enum Buffered {
     None,
-    Memory(Bytes, Share),
+    Memory(Pieces, Share),
     Spilled { file: SpillFile, length: u64, share: Share },
 }
 
@@ -47,7 +47,7 @@ impl Buffered {
     pub fn length(&self) -> Option<u64> {
         match self {
             Buffered::None => None,
-            Buffered::Memory(bytes, _) => Some(bytes.len() as u64),
+            Buffered::Memory(pieces, _) => Some(pieces.bytes as u64),
             Buffered::Spilled { length, .. } => Some(*length),
         }
     }
@@ -56,7 +56,7 @@ impl Buffered {
     pub fn stdin(&self, buffers: &Buffers) -> Stdin {
         match self {
             Buffered::None => Stdin::Done,
-            Buffered::Memory(bytes, _) => Stdin::Memory(bytes.clone()),
+            Buffered::Memory(pieces, _) => Stdin::Memory(pieces.all.iter().cloned().collect()),
             Buffered::Spilled { file, length, .. } => Stdin::Source(Box::new(SpillSource {
                 file: file.clone(),
                 pool: buffers.pool.clone(),
@@ -76,7 +76,7 @@ where
     B::Error: std::fmt::Display,
 {
     if body.is_end_stream() {
-        return Ok(if declared == Some(0) { Buffered::Memory(Bytes::new(), buffers.memory.share()) } else { Buffered::None });
+        return Ok(if declared == Some(0) { Buffered::Memory(Pieces::default(), buffers.memory.share()) } else { Buffered::None });
     }
     let too_large = || Error::new(Kind::BodyTooLarge, format!("body larger than body_limit of {} bytes", limits.body));
     if declared.is_some_and(|n| n > limits.body) {
@@ -84,8 +84,7 @@ where
     }
     let started = Instant::now();
     let mut memory = buffers.memory.share();
-    let mut held: Vec<Bytes> = Vec::new();
-    let mut held_bytes = 0usize;
+    let mut held = Pieces::default();
     let mut spill: Option<(SpillFile, u64, Share)> = None;
     let mut total = 0u64;
     loop {
@@ -111,9 +110,8 @@ where
         if !memory.grow(data.len()) {
             return Err(Error::new(Kind::BufferFull, "buffer.total is used up".to_owned()));
         }
-        held_bytes += data.len();
         held.push(data);
-        if held_bytes > limits.memory {
+        if held.bytes > limits.memory {
             let (file, written, disk) = match &mut spill {
                 Some(spill) => spill,
                 None => {
@@ -123,32 +121,72 @@ where
                     spill.insert((file, 0, buffers.disk.share()))
                 }
             };
-            if !disk.grow(held_bytes) {
+            let full = std::mem::take(&mut held).whole();
+            if !disk.grow(full.bytes) {
                 return Err(Error::new(Kind::DiskFull, "buffer.disk is used up".to_owned()));
             }
-            file.write(&buffers.pool, std::mem::take(&mut held), *written)
+            file.write(&buffers.pool, full.all, *written)
                 .await
                 .map_err(|e| Error::new(Kind::DiskFull, format!("writing to buffer.dir: {e}")))?;
-            *written += held_bytes as u64;
-            memory.shrink(held_bytes);
-            held_bytes = 0;
+            *written += full.bytes as u64;
+            memory.shrink(full.bytes);
         }
     }
     if declared.is_some_and(|n| n != total) {
         return Err(Error::new(Kind::BodyBroken, format!("{total} bytes of a body of {}", declared.unwrap_or(0))));
     }
+    let held = held.whole();
     if let Some((file, written, mut disk)) = spill {
-        if held_bytes > 0 {
-            if !disk.grow(held_bytes) {
+        if held.bytes > 0 {
+            if !disk.grow(held.bytes) {
                 return Err(Error::new(Kind::DiskFull, "buffer.disk is used up".to_owned()));
             }
-            file.write(&buffers.pool, held, written)
+            file.write(&buffers.pool, held.all, written)
                 .await
                 .map_err(|e| Error::new(Kind::DiskFull, format!("writing to buffer.dir: {e}")))?;
         }
         return Ok(Buffered::Spilled { file, length: total, share: disk });
     }
-    Ok(Buffered::Memory(join(held, held_bytes), memory))
+    Ok(Buffered::Memory(held, memory))
+}
+
+/// Pieces up to this size are copied together: each kept by itself would take more memory than its bytes do.
+const SMALL_PIECE: usize = 4 * 1024;
+
+/// A body in memory as it came.
+#[derive(Debug, Default)]
+pub struct Pieces {
+    pub all: Vec<Bytes>,
+    pub bytes: usize,
+    /// Of the small ones that came last.
+    tail: BytesMut,
+}
+
+impl Pieces {
+    fn push(&mut self, piece: Bytes) {
+        self.bytes += piece.len();
+        if piece.len() <= SMALL_PIECE {
+            self.tail.extend_from_slice(&piece);
+        }
+        if piece.len() > SMALL_PIECE || self.tail.len() > record::MAX_CONTENT {
+            self.end_tail();
+        }
+        if piece.len() > SMALL_PIECE {
+            self.all.push(piece);
+        }
+    }
+
+    fn end_tail(&mut self) {
+        if !self.tail.is_empty() {
+            self.all.push(self.tail.split().freeze());
+        }
+    }
+
+    /// Nothing more comes.
+    fn whole(mut self) -> Self {
+        self.end_tail();
+        self
+    }
 }
 
 /// One piece as it is; several copied together.
@@ -210,7 +248,7 @@ mod tests {
     async fn read_back(buffered: &Buffered, buffers: &Buffers) -> Vec<u8> {
         match buffered.stdin(buffers) {
             Stdin::Done => Vec::new(),
-            Stdin::Memory(bytes) => bytes.to_vec(),
+            Stdin::Memory(pieces) => pieces.into_iter().flatten().collect(),
             Stdin::Source(mut source) => {
                 let mut whole = Vec::new();
                 while let Some(chunk) = std::future::poll_fn(|cx| source.poll_chunk(cx)).await.unwrap() {
@@ -234,6 +272,20 @@ mod tests {
         assert_eq!((buffers.memory.used(), buffers.disk.used()), (0, 700_000));
         drop(got);
         assert_eq!(buffers.disk.used(), 0);
+    }
+
+    #[test]
+    fn small_pieces_are_copied_together_and_large_ones_are_not_in_the_order_in_which_they_came() {
+        let large = Bytes::from(vec![b'L'; SMALL_PIECE + 1]);
+        let mut pieces = Pieces::default();
+        let small = (0..100_000u32).map(|n| Bytes::from(vec![(n % 251) as u8]));
+        let all: Vec<Bytes> = small.clone().chain([large.clone()]).chain(small).chain([large.clone(), large.clone()]).collect();
+        all.iter().cloned().for_each(|piece| pieces.push(piece));
+        let pieces = pieces.whole();
+        assert_eq!(pieces.bytes, all.iter().map(Bytes::len).sum::<usize>());
+        assert!(pieces.all.len() <= 7, "{} pieces", pieces.all.len());
+        assert!(pieces.all.iter().any(|piece| piece.as_ptr() == large.as_ptr()), "a large one is not copied");
+        assert_eq!(pieces.all.concat(), all.concat());
     }
 
     #[tokio::test]

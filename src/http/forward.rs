@@ -25,8 +25,7 @@ use crate::{
     },
     lifecycle::{Phase, drain::End},
     model::{
-        Peer, Route, Settings, Site,
-        clock,
+        Peer, Route, Settings, Site, clock,
         peer::ClientInfo,
         site::PhpRoot,
         upstream::{Balance, Policy, SetConfig},
@@ -94,7 +93,8 @@ where
         let key = hash_key(worker, upstream, php);
         let want = Want {
             upstream,
-            once: !idempotent || attempts > 0,
+            once: !idempotent,
+            again: attempts > 0,
             key: key.as_bytes(),
             tried: &tried,
             refused: &refused,
@@ -431,11 +431,7 @@ fn encode(
             remote_user: php.record.user.borrow().as_deref().unwrap_or_default(),
             request_id: php.record.id.as_str(),
             extra: &php.route.params,
-            script: params::Script {
-                script_name: php.script_name,
-                path_info: php.path_info,
-                document_root,
-            },
+            script: params::Script { script_name: php.script_name, path_info: php.path_info, document_root },
         },
     )
     .map_err(Error::from)?;
@@ -444,8 +440,8 @@ fn encode(
             record::put_stdin_end(out);
             (Stdin::Done, true)
         }
-        Buffered::Memory(bytes, _) if bytes.len() <= SMALL_BODY => {
-            record::put_stdin(out, bytes);
+        Buffered::Memory(pieces, _) if pieces.bytes <= SMALL_BODY => {
+            pieces.all.iter().for_each(|piece| record::put_stdin(out, piece));
             record::put_stdin_end(out);
             (Stdin::Done, true)
         }

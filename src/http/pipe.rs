@@ -20,7 +20,7 @@ use std::{
 
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
-use tokio::task::JoinHandle;
+use tokio::{task::JoinHandle, time::Instant};
 
 use super::spill::{Buffers, Share, SpillFile};
 use crate::{
@@ -33,6 +33,9 @@ pub const TOO_LONG: &str = "PHP has written more than its Content-Length says; t
 
 /// Written to a spill file at once.
 const BATCH_BYTES: usize = 256 * 1024;
+/// So long in all FPM waits for a reader that keeps up before a file is begun: a client that takes the answer as it comes needs none, and the worker of a
+/// slow one is held no longer than this.
+const PATIENCE: Duration = Duration::from_millis(50);
 /// An unbuffered answer waits for its client beyond this.
 const UNBUFFERED_BYTES: usize = 64 * 1024;
 
@@ -140,6 +143,7 @@ pub struct Pump {
 impl Pump {
     /// Moves the rest of the answer, to its end or until the client has left.
     pub async fn run(self, mut exchange: Exchange, plan: Plan, mut on_stderr: impl FnMut(Bytes)) -> Outcome {
+        let mut patience = PATIENCE;
         loop {
             let gathered = tokio::time::timeout(plan.read_timeout, self.gather(&mut exchange, &mut on_stderr)).await;
             let (batch, end) = match gathered {
@@ -151,7 +155,7 @@ impl Pump {
                 Ok(gathered) => gathered,
             };
             if !batch.is_empty()
-                && let Err(error) = self.deliver(batch, &plan).await
+                && let Err(error) = self.deliver(batch, &plan, &mut patience).await
             {
                 self.end(Err(error.to_string()));
                 return Outcome::Failed(Error::new(Kind::DiskFull, error.to_string()));
@@ -206,7 +210,7 @@ impl Pump {
     }
 
     /// To memory while there is room, then to the file; where neither has any, at the client's pace.
-    async fn deliver(&self, batch: Vec<Bytes>, plan: &Plan) -> io::Result<()> {
+    async fn deliver(&self, batch: Vec<Bytes>, plan: &Plan, patience: &mut Duration) -> io::Result<()> {
         let bytes: usize = batch.iter().map(Bytes::len).sum();
         loop {
             match self.place(bytes, plan) {
@@ -217,6 +221,11 @@ impl Pump {
                     pipe.queue.extend(batch);
                     wake(&mut pipe.reader);
                     return Ok(());
+                }
+                Place::NewFile if !patience.is_zero() => {
+                    let began = Instant::now();
+                    let _ = tokio::time::timeout(*patience, self.reader_moved()).await;
+                    *patience = patience.saturating_sub(began.elapsed());
                 }
                 Place::NewFile => {
                     let file = SpillFile::create(&self.buffers.pool, plan.dir.clone()).await?;

@@ -24,12 +24,21 @@ pub struct Policy {
     pub assets_fallback: bool,
 }
 
+impl Policy {
+    /// Whether a request that must not run twice may be sent over a kept connection.
+    pub fn may_risk(&self) -> bool {
+        self.lease.is_some_and(|lease| lease.non_idempotent)
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LeasePolicy {
     /// Requests on one connection.
     pub requests: u32,
     pub age: Duration,
     pub idle: Duration,
+    /// FPM does not end connections by itself, so that a request that must not run twice may have one.
+    pub non_idempotent: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

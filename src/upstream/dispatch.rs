@@ -46,8 +46,10 @@ pub fn now_ms() -> u64 {
 /// What a request wants of dispatch.
 pub struct Want<'a> {
     pub upstream: &'a str,
-    /// Must not be lost or run twice: a kept connection will not do, since FPM may be ending behind it (see `lease_of`).
+    /// Must not be lost or run twice: a kept connection will not do, since FPM may be ending behind it (see `lease_of`), unless the lease says otherwise.
     pub once: bool,
+    /// It has failed once, perhaps on a kept connection: not another one.
+    pub again: bool,
     /// For `balance = "hash:..."`.
     pub key: &'a [u8],
     /// Endpoints that have failed this request already: others are tried before them.
@@ -274,7 +276,7 @@ impl Dispatcher {
         let count = set.endpoints.len();
         let taken = match &upstream.policy.balance {
             Balance::LeastBusy => self
-                .lease_of_any(set, want, usable)
+                .lease_of_any(set, want, upstream.policy.may_risk(), usable)
                 .map(|found| move_to_least_busy(found, set, turn, load, upstream))
                 .or_else(|| {
                     // Another worker may take the slot between the look and the taking.
@@ -302,7 +304,13 @@ impl Dispatcher {
     }
 
     /// The warmest lease of this worker to an endpoint of the set.
-    fn lease_of_any(&self, set: &Set, want: &Want<'_>, usable: impl Fn(&Endpoint) -> bool) -> Option<(Slot, Option<Conn>)> {
+    fn lease_of_any(
+        &self,
+        set: &Set,
+        want: &Want<'_>,
+        may_risk: bool,
+        usable: impl Fn(&Endpoint) -> bool,
+    ) -> Option<(Slot, Option<Conn>)> {
         let id = {
             let pool = self.pool.borrow();
             if pool.is_empty() {
@@ -310,15 +318,20 @@ impl Dispatcher {
             }
             pool.warmest(|id| set.has(id) && set.endpoints.iter().any(|e| e.id == id && usable(e)))?
         };
-        self.lease_of(id, want)
+        self.lease_of(id, want, may_risk)
     }
 
-    fn lease_of(&self, endpoint: u64, want: &Want<'_>) -> Option<(Slot, Option<Conn>)> {
+    /// `may_risk`: by `lease.non_idempotent`.
+    fn lease_of(&self, endpoint: u64, want: &Want<'_>, may_risk: bool) -> Option<(Slot, Option<Conn>)> {
         let (conn, slot) = self.pool.borrow_mut().take(endpoint)?;
         slot.endpoint.count_parked(self.worker, false);
         // At `pm.max_requests` FPM ends a connection after END_REQUEST, and on a busy machine so late that no wait is long enough (seen:
         // 1 of 408 posts lost after 1 ms of quiet and a peek). So what must not be lost gets a new connection, on the same slot.
-        let fit = !want.once && conn.looks_quiet();
+        let fit = match (want.again, want.once) {
+            (true, _) => false,
+            (false, true) => may_risk && conn.is_quiet(),
+            (false, false) => conn.looks_quiet(),
+        };
         Some((slot, fit.then_some(conn)))
     }
 
@@ -326,7 +339,7 @@ impl Dispatcher {
     fn slot_of(&self, set: &Set, index: usize, want: &Want<'_>, upstream: &Upstream) -> Option<(Slot, Option<Conn>)> {
         let endpoint = set.endpoints.get(index)?;
         if upstream.policy.lease.is_some()
-            && let Some(found) = self.lease_of(endpoint.id, want)
+            && let Some(found) = self.lease_of(endpoint.id, want, upstream.policy.may_risk())
         {
             return Some(found);
         }

@@ -274,7 +274,8 @@ impl Drop for Work {
             let counts = &self.lanes.lanes[self.lane].counts;
             counts.finished.fetch_add(1, Ordering::Relaxed);
             // A stream that was open for hours says nothing about the next request.
-            let spent = u64::try_from(clock::now().saturating_duration_since(self.began).min(LONGEST).as_micros()).unwrap_or(u64::MAX);
+            let spent =
+                u64::try_from(clock::now().saturating_duration_since(self.began).min(LONGEST).as_micros()).unwrap_or(u64::MAX);
             counts.spent_us.fetch_add(spent, Ordering::Relaxed);
         }
         self.leave();

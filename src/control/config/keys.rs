@@ -86,7 +86,7 @@ pub const KEYS: Keys = &[
         ],
     ),
     ("kubernetes", &["namespace", "kubeconfig", "self_service"]),
-    ("lease", &["requests", "age", "idle"]),
+    ("lease", &["requests", "age", "idle", "non_idempotent"]),
     ("queue", &["max", "timeout"]),
     ("lane", &["reserve", "priority", "limit"]),
     ("set", &["endpoints", "kubernetes", "root", "php_root", "min_ready", "status_path", "status_listen", "ping", "preflight"]),

@@ -764,7 +764,10 @@ fn values_arrive_as_they_are_meant() {
     let config = good(&self::site(""));
     let php = &config.upstreams["php"];
     assert_eq!((php.active.as_ref(), php.active_set().map(|name| &**name)), (None, Some("blue")));
-    assert_eq!(php.policy.lease, Some(LeasePolicy { requests: 64, age: Duration::from_secs(1), idle: Duration::from_millis(50) }));
+    assert_eq!(
+        php.policy.lease,
+        Some(LeasePolicy { requests: 64, age: Duration::from_secs(1), idle: Duration::from_millis(50), non_idempotent: false })
+    );
 }
 
 #[test]
@@ -849,6 +852,7 @@ const SAMPLES: &[(&str, &str, &str)] = &[
     ("lease", "requests", "1"),
     ("lease", "age", "\"2s\""),
     ("lease", "idle", "\"51ms\""),
+    ("lease", "non_idempotent", "true"),
     ("queue", "max", "\"off\""),
     ("queue", "timeout", "\"1s\""),
     ("upstream", "slow_start", "\"off\""),

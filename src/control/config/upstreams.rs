@@ -125,6 +125,7 @@ fn lease(mut t: Reader<'_>) -> LeasePolicy {
         requests: t.read("requests", 64, |v| v.count_u32(1, u32::MAX)),
         age: t.read("age", Duration::from_secs(1), Value::timeout),
         idle: t.read("idle", Duration::from_millis(50), Value::timeout),
+        non_idempotent: t.read("non_idempotent", false, Value::boolean),
     };
     t.finish();
     lease
