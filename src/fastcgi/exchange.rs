@@ -31,6 +31,8 @@ use crate::{
     model::{Address, clock},
 };
 
+/// Pieces of a body that one write takes, headers of records among them: a MiB.
+const SLICES: usize = 34;
 /// The first read of an answer: most are smaller.
 const READ_BYTES: usize = 8 * 1024;
 /// Once an answer fills what was offered.
@@ -189,7 +191,8 @@ pub struct Exchange {
     state: State,
     stdin: Stdin,
     stdin_ended: bool,
-    chunk: Bytes,
+    /// Records of the body that are to follow `Conn::output`.
+    queue: VecDeque<Bytes>,
     decoder: Decoder,
     read_size: usize,
     wrote: bool,
@@ -207,7 +210,7 @@ impl Exchange {
             state: State::Sending,
             stdin,
             stdin_ended,
-            chunk: Bytes::new(),
+            queue: VecDeque::new(),
             decoder: Decoder::default(),
             read_size: READ_BYTES,
             wrote: false,
@@ -309,39 +312,65 @@ impl Exchange {
 
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         loop {
-            while self.conn.output.has_remaining() || self.chunk.has_remaining() {
-                // write(2) costs less than writev(2).
-                let n = if self.chunk.is_empty() {
-                    ready!(self.conn.stream.poll_write(cx, &self.conn.output))?
-                } else {
-                    let slices = [io::IoSlice::new(&self.conn.output), io::IoSlice::new(&self.chunk)];
-                    ready!(self.conn.stream.poll_write_vectored(cx, &slices))?
-                };
-                if n == 0 {
-                    return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            self.gather(cx)?;
+            if self.conn.output.is_empty() && self.queue.is_empty() {
+                if !self.stdin_ended {
+                    // The source wakes.
+                    return Poll::Pending;
                 }
-                self.wrote = true;
-                let head = n.min(self.conn.output.len());
-                self.conn.output.advance(head);
-                self.chunk.advance(n - head);
-            }
-            // An advanced BytesMut does not give its front back by itself; an empty one does.
-            self.conn.output.clear();
-            if self.stdin_ended {
+                // An advanced BytesMut does not give its front back by itself; an empty one does.
+                self.conn.output.clear();
                 self.state = State::Sent;
                 return Poll::Ready(Ok(()));
             }
-            match ready!(self.poll_stdin(cx))? {
-                Some((length, chunk)) => {
-                    self.conn.output.extend_from_slice(&record::stdin_header(length));
-                    self.chunk = chunk;
+            // write(2) costs less than writev(2).
+            let mut n = if self.queue.is_empty() {
+                ready!(self.conn.stream.poll_write(cx, &self.conn.output))?
+            } else {
+                let mut slices = [io::IoSlice::new(&[]); SLICES];
+                let pieces = std::iter::once(&self.conn.output[..]).chain(self.queue.iter().map(|piece| &piece[..]));
+                let filled = slices.iter_mut().zip(pieces).map(|(slice, piece)| *slice = io::IoSlice::new(piece)).count();
+                ready!(self.conn.stream.poll_write_vectored(cx, &slices[..filled]))?
+            };
+            if n == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.wrote = true;
+            let head = n.min(self.conn.output.len());
+            self.conn.output.advance(head);
+            n -= head;
+            while let Some(piece) = self.queue.front_mut() {
+                let part = n.min(piece.len());
+                piece.advance(part);
+                n -= part;
+                if !piece.is_empty() {
+                    break;
                 }
-                None => {
-                    record::put_stdin_end(&mut self.conn.output);
+                self.queue.pop_front();
+            }
+        }
+    }
+
+    /// As many records of the body as one write is to take. What is read from elsewhere is not read ahead: it would be more memory than is accounted for.
+    fn gather(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        let in_memory = !matches!(self.stdin, Stdin::Source(_));
+        while !self.stdin_ended && self.queue.len() + 2 < SLICES && (in_memory || self.queue.is_empty()) {
+            match self.poll_stdin(cx) {
+                Poll::Pending => break,
+                Poll::Ready(Err(error)) => return Err(error),
+                Poll::Ready(Ok(Some((length, chunk)))) => {
+                    self.queue.push_back(Bytes::copy_from_slice(&record::stdin_header(length)));
+                    self.queue.push_back(chunk);
+                }
+                Poll::Ready(Ok(None)) => {
+                    let mut end = BytesMut::new();
+                    record::put_stdin_end(&mut end);
+                    self.queue.push_back(end.freeze());
                     self.stdin_ended = true;
                 }
             }
         }
+        Ok(())
     }
 
     /// The next piece of the body with its length as the wire has it.
