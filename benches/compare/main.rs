@@ -54,6 +54,9 @@ pub struct Sample {
 /// Everything that was measured.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub struct State {
+    /// What was measured: `git describe`, and the day, at the first sample.
+    #[serde(default)]
+    pub measured: String,
     pub samples: Vec<Sample>,
     /// System calls and instructions per request, by proxy.
     pub counts: BTreeMap<Peer, counts::Counts>,
@@ -185,6 +188,13 @@ async fn compare(options: &Options) {
     let save = |state: &State| {
         fs::write(&options.state, serde_json::to_vec(state).expect("plain data")).expect("what was measured is kept");
     };
+    if state.measured.is_empty() {
+        state.measured = format!(
+            "{} at {}",
+            report::command("date", &["-u", "+%F"]),
+            report::command("git", &["describe", "--always", "--dirty"])
+        );
+    }
     let mut stage = Stage::new();
     // The rates of the open loop are parts of it.
     let all = rows::all();

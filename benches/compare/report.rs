@@ -123,7 +123,7 @@ fn max(values: &[f64]) -> f64 {
     values.iter().copied().fold(0.0, f64::max)
 }
 
-fn command(program: &str, arguments: &[&str]) -> String {
+pub fn command(program: &str, arguments: &[&str]) -> String {
     let output = Command::new(program).args(arguments).output();
     output.map_or_else(|_| String::new(), |output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
@@ -140,9 +140,8 @@ pub fn page(state: &State, rows: &[Row], options: &Options) -> String {
     let model =
         model.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or_default().trim_start_matches([' ', '\t', ':']);
     let mut out = format!(
-        "# Benchmarks\n\n`benches/compare/run` wrote this on {} ({}; {} cores, {model}, {}): Slackwater beside {}.\n\n",
-        command("date", &["-u", "+%F"]),
-        command("git", &["describe", "--always", "--dirty"]),
+        "# Benchmarks\n\n`benches/compare/run`, measured on {} ({} cores, {model}, {}): Slackwater beside {}.\n\n",
+        state.measured,
         command("nproc", &[]),
         command("uname", &["-sr"]),
         peers::ALL[1..].iter().map(|peer| peer.version()).collect::<Vec<_>>().join("; "),

@@ -323,20 +323,30 @@ async fn under_deadlines<T>(
         if let Poll::Ready(done) = work(cx) {
             return Poll::Ready(Ok(done));
         }
+        let wanted = clock::wanted();
         loop {
-            let Some((deadline, end)) = next_deadline(context, settings, progress) else { return Poll::Pending };
-            if deadline < armed {
-                armed = deadline;
-                sleep.as_mut().reset(deadline);
+            let deadline = next_deadline(context, settings, progress);
+            let Some(due) = deadline.map(|(at, _)| at).into_iter().chain(wanted).min() else { return Poll::Pending };
+            if due < armed {
+                armed = due;
+                sleep.as_mut().reset(due);
             }
             if sleep.as_mut().poll(cx).is_pending() {
                 return Poll::Pending;
             }
-            if Instant::now() >= deadline {
+            let now = Instant::now();
+            if let Some((_, end)) = deadline.filter(|(at, _)| now >= *at) {
                 return Poll::Ready(Err(end));
             }
-            armed = deadline;
-            sleep.as_mut().reset(deadline);
+            if wanted.is_some_and(|wanted| now >= wanted) {
+                // Whoever wants it finds that its time has come.
+                armed = now + NEVER;
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            // It was armed for something that is over.
+            armed = due;
+            sleep.as_mut().reset(due);
         }
     };
     std::future::poll_fn(|cx| clock::once(|| look(cx))).await

@@ -6,13 +6,14 @@ use std::{
     future::{Future, poll_fn},
     pin::{Pin, pin},
     rc::{Rc, Weak},
-    task::Poll,
+    task::{Context, Poll},
     time::Duration,
 };
 
 use tokio::time::{Instant, Sleep};
 
 use super::stall::Stall;
+use crate::model::clock;
 
 /// How long a client may take over its answers.
 #[derive(Clone, Copy, Debug)]
@@ -61,30 +62,35 @@ where
     }
 }
 
-/// Runs `stream` to its end; `None` if its client has had its time. Only a stream that is kept waiting has a timer.
+/// Runs `stream` to its end; `None` if its client has had its time. Only a stream that waits has a timer.
 async fn unless_stalled<F: Future>(stream: F, stall: &Weak<Stall>, limits: Limits) -> Option<F::Output> {
     let mut stream = pin!(stream);
     let mut timer: Option<Pin<Box<Sleep>>> = None;
-    poll_fn(|cx| {
+    let mut look = |cx: &mut Context<'_>| {
         if let Poll::Ready(output) = stream.as_mut().poll(cx) {
             return Poll::Ready(Some(output));
         }
+        let wanted = clock::wanted();
         loop {
             // Armed only by polling the stream. An answer that is gone has been handed on whole: the rest is the connection's affair.
-            let Some(deadline) = stall.upgrade().and_then(|stall| stall.deadline(limits.stall, limits.min_rate)) else {
-                return Poll::Pending;
-            };
-            if deadline <= Instant::now() {
+            let stalled = stall.upgrade().and_then(|stall| stall.deadline(limits.stall, limits.min_rate));
+            if stalled.is_some_and(|deadline| deadline <= Instant::now()) {
                 return Poll::Ready(None);
             }
-            let timer = timer.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline)));
-            if timer.deadline() != deadline {
-                timer.as_mut().reset(deadline);
+            let Some(due) = stalled.into_iter().chain(wanted).min() else { return Poll::Pending };
+            let timer = timer.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(due)));
+            if timer.deadline() != due {
+                timer.as_mut().reset(due);
             }
             if timer.as_mut().poll(cx).is_pending() {
                 return Poll::Pending;
             }
+            if wanted.is_some_and(|wanted| wanted <= Instant::now()) {
+                // Whoever wants it finds that its time has come.
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
         }
-    })
-    .await
+    };
+    poll_fn(|cx| clock::once(|| look(cx))).await
 }

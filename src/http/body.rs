@@ -21,6 +21,7 @@ use crate::{
         exchange::{Stdin, StdinSource},
         record,
     },
+    model::clock,
 };
 
 /// A whole request body.
@@ -88,11 +89,11 @@ where
     let mut spill: Option<(SpillFile, u64, Share)> = None;
     let mut total = 0u64;
     loop {
-        let frame = match tokio::time::timeout(limits.stall, body.frame()).await {
-            Err(_) => return Err(Error::new(Kind::BodyStalled, format!("no byte of the body in {:?}", limits.stall))),
-            Ok(None) => break,
-            Ok(Some(Err(error))) => return Err(Error::new(Kind::BodyBroken, format!("reading the body: {error}"))),
-            Ok(Some(Ok(frame))) => frame,
+        let frame = match clock::timeout(limits.stall, body.frame()).await {
+            None => return Err(Error::new(Kind::BodyStalled, format!("no byte of the body in {:?}", limits.stall))),
+            Some(None) => break,
+            Some(Some(Err(error))) => return Err(Error::new(Kind::BodyBroken, format!("reading the body: {error}"))),
+            Some(Some(Ok(frame))) => frame,
         };
         // Trailers have no place in CGI.
         let Ok(data) = frame.into_data() else { continue };

@@ -1,6 +1,6 @@
 //! A request for PHP: its body is read whole, it is dispatched, perhaps tried once more, and held on to until FPM has finished.
 
-use std::{path::Path, rc::Rc, sync::Arc, time::Duration};
+use std::{borrow::Cow, path::Path, rc::Rc, sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use http::{Method, Response, StatusCode, header, request::Parts};
@@ -202,20 +202,20 @@ fn hash_key(worker: &Worker, upstream: &str, php: &Php<'_>) -> String {
     }
 }
 
-async fn site_root(worker: &Worker, site: &Site) -> String {
+async fn site_root<'a>(worker: &Worker, site: &'a Site) -> Cow<'a, str> {
     match php_root(site) {
         Ok(root) => root,
-        Err(root) => worker.real_path(root).await,
+        Err(root) => worker.real_path(root).await.into(),
     }
 }
 
 /// The site's public folder as FPM sees it; `Err`: this one with its links resolved.
-pub(super) fn php_root(site: &Site) -> Result<String, &Path> {
+pub(super) fn php_root(site: &Site) -> Result<Cow<'_, str>, &Path> {
     match (&site.php_root, &site.root) {
-        (PhpRoot::Path(path), _) => Ok(path.clone()),
-        (PhpRoot::SameAsRoot, Some(root)) => Ok(root.to_string_lossy().into_owned()),
+        (PhpRoot::Path(path), _) => Ok(path.into()),
+        (PhpRoot::SameAsRoot, Some(root)) => Ok(root.to_string_lossy()),
         (PhpRoot::RealPath, Some(root)) => Err(root),
-        (_, None) => Ok(String::new()),
+        (_, None) => Ok("".into()),
     }
 }
 
@@ -454,7 +454,7 @@ async fn read_head(exchange: &mut Exchange, read_timeout: Duration, log: &mut Ph
     let limits = response::Limits::default();
     let mut partial = BytesMut::new();
     loop {
-        let event = tokio::time::timeout(read_timeout, exchange.event()).await.map_err(|_| {
+        let event = clock::timeout(read_timeout, exchange.event()).await.ok_or_else(|| {
             let what = if exchange.is_sent() { "no answer" } else { "the request body was not taken" };
             Error::new(Kind::ReadTimeout, format!("{what} in {read_timeout:?}"))
         })??;

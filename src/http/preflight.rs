@@ -43,7 +43,7 @@ pub fn question(sites: &SiteTable, upstream: &str, set: &SetConfig, preflight: &
     let script = script(route::target(site, route, &normal, Some(query), site.root.is_some()))
         .ok_or_else(|| format!("{path} on site {} is not answered by PHP", site.name))?;
     let site_root = forward::php_root(site)
-        .unwrap_or_else(|root| std::fs::canonicalize(root).as_deref().unwrap_or(root).to_string_lossy().into_owned());
+        .unwrap_or_else(|root| std::fs::canonicalize(root).as_deref().unwrap_or(root).to_string_lossy().into_owned().into());
     let document_root = forward::document_root(set, &site_root).to_owned();
     Ok(Question {
         uri: preflight.path.clone(),

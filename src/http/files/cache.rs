@@ -11,8 +11,8 @@ use bytes::Bytes;
 use quick_cache::{Equivalent, Weighter, sync::Cache};
 use tokio::time::Instant;
 
-use super::{super::route::Step, lookup::Identity};
-use crate::model::{rules::Coding, site::Symlinks};
+use super::{super::route::Step, Labels, lookup::Identity};
+use crate::model::{clock, rules::Coding, site::Symlinks};
 
 /// So long an entry answers without a look at the file system.
 pub(super) const FRESH: Duration = Duration::from_secs(1);
@@ -66,6 +66,7 @@ pub(super) struct Small {
     pub identity: Identity,
     /// What names its type.
     pub path: Vec<u8>,
+    pub labels: Labels,
     pub coding: Option<Coding>,
     pub contents: Bytes,
     /// It was written so shortly before it was read that the next change may have the same time.
@@ -116,7 +117,7 @@ impl Stats {
     pub fn get(&self, question: &Question<'_>) -> Result<Known, Option<Arc<Small>>> {
         let Some(Entry { known, looked }) = self.0.as_ref().and_then(|cache| cache.get(question)) else { return Err(None) };
         match known {
-            known if looked.elapsed() < FRESH => Ok(known),
+            known if clock::now().saturating_duration_since(looked) < FRESH => Ok(known),
             Known::File(file) => Err(Some(file)),
             _ => Err(None),
         }

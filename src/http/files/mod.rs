@@ -213,7 +213,7 @@ fn look(
         };
         let lookup::Opened { file, identity } = file;
         if identity.size > WHOLE_BYTES {
-            let (mut response, segments) = head(&identity, &path, coding, wanted);
+            let (mut response, segments) = head(&Labels::of(&identity, &path), coding, wanted);
             if segments.iter().map(Segment::len).sum::<u64>() > WHOLE_BYTES {
                 *response.body_mut() = FileBody::stream(source, file, segments);
                 return Ok((Answer::Response(response), None));
@@ -230,7 +230,10 @@ fn look(
             Some(old) => old.clone(),
             None => match body::read_segments(Contents::File(&file), vec![Segment::File { offset: 0, len: identity.size }]) {
                 Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => continue,
-                read => Arc::new(Small { is_racy: identity.is_racy(SystemTime::now()), identity, path, coding, contents: read? }),
+                read => {
+                    let (is_racy, labels) = (identity.is_racy(SystemTime::now()), Labels::of(&identity, &path));
+                    Arc::new(Small { is_racy, labels, identity, path, coding, contents: read? })
+                }
             },
         };
         return Ok((Answer::Response(respond_from(&small, wanted)?), Some(Known::File(small))));
@@ -240,15 +243,42 @@ fn look(
 
 /// From memory.
 fn respond_from(file: &Small, wanted: &Wanted) -> std::io::Result<Response<FileBody>> {
-    let (mut response, segments) = head(&file.identity, &file.path, file.coding, wanted);
+    let (mut response, segments) = head(&file.labels, file.coding, wanted);
     *response.body_mut() = body::read_segments(Contents::Memory(&file.contents), segments)?.into();
     Ok(response)
 }
 
+/// What every answer about a file says of it.
+#[derive(Debug)]
+struct Labels {
+    validators: Validators,
+    etag: Option<HeaderValue>,
+    last_modified: Option<HeaderValue>,
+    content_type: HeaderValue,
+}
+
+impl Labels {
+    /// `path`: what names its type.
+    fn of(identity: &Identity, path: &[u8]) -> Labels {
+        let Identity { size, modified, .. } = *identity;
+        let validators = Validators { etag: etag(size, modified), modified, size };
+        Labels {
+            etag: HeaderValue::from_str(&validators.etag).ok(),
+            last_modified: HeaderValue::from_str(&http_date(modified)).ok(),
+            content_type: content_type(path),
+            validators,
+        }
+    }
+}
+
+/// Headers of an answer, and those that whoever sends it adds.
+const HEADERS: usize = 10;
+
 /// The head of the answer, and which parts of the file make its body.
-fn head(identity: &Identity, path: &[u8], coding: Option<Coding>, wanted: &Wanted) -> (Response<FileBody>, Vec<Segment>) {
-    let Identity { size, modified, .. } = *identity;
+fn head(labels: &Labels, coding: Option<Coding>, wanted: &Wanted) -> (Response<FileBody>, Vec<Segment>) {
+    let size = labels.validators.size;
     let mut response = Response::new(FileBody::Empty);
+    *response.headers_mut() = HeaderMap::with_capacity(HEADERS);
     let is_head = wanted.method == Method::HEAD;
     if !is_head && wanted.method != Method::GET {
         *response.status_mut() = StatusCode::METHOD_NOT_ALLOWED;
@@ -256,14 +286,13 @@ fn head(identity: &Identity, path: &[u8], coding: Option<Coding>, wanted: &Wante
         response.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from(0));
         return (response, Vec::new());
     }
-    let validators = Validators { etag: etag(size, modified), modified, size };
-    let decision = wanted.conditions.decide(&validators, !is_head);
+    let decision = wanted.conditions.decide(&labels.validators, !is_head);
     let headers = response.headers_mut();
-    if let Ok(value) = HeaderValue::from_str(&validators.etag) {
-        headers.insert(ETAG, value);
+    if let Some(value) = &labels.etag {
+        headers.insert(ETAG, value.clone());
     }
-    if let Ok(value) = HeaderValue::from_str(&http_date(modified)) {
-        headers.insert(LAST_MODIFIED, value);
+    if let Some(value) = &labels.last_modified {
+        headers.insert(LAST_MODIFIED, value.clone());
     }
     // On a 304 too (RFC 9110, section 15.4.5).
     if wanted.varies {
@@ -271,12 +300,12 @@ fn head(identity: &Identity, path: &[u8], coding: Option<Coding>, wanted: &Wante
     }
     let (status, segments) = match decision {
         Decision::Whole => {
-            headers.insert(CONTENT_TYPE, content_type(path));
+            headers.insert(CONTENT_TYPE, labels.content_type.clone());
             headers.insert(ACCEPT_RANGES, HeaderValue::from_static("bytes"));
             (StatusCode::OK, vec![Segment::File { offset: 0, len: size }])
         }
         Decision::Ranges(ranges) => {
-            let (segments, part_headers) = range::partial(&ranges, size, content_type(path));
+            let (segments, part_headers) = range::partial(&ranges, size, labels.content_type.clone());
             headers.extend(part_headers);
             headers.insert(ACCEPT_RANGES, HeaderValue::from_static("bytes"));
             (StatusCode::PARTIAL_CONTENT, segments)
