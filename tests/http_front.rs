@@ -109,6 +109,46 @@ async fn a_connection_that_was_parked_goes_on() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_came_with_a_request_before_a_pause_is_the_beginning_of_the_next_one() {
+    let (fpm, proxy) = start("header_timeout = \"1s\"\nidle_timeout = \"60s\"").await;
+    let get = "GET /index.php HTTP/1.1\r\nHost: a\r\n\r\n";
+    let pause = Duration::from_millis(300);
+    // A stray line behind a body is nobody's request.
+    let mut stray = Connection::<TcpStream>::open(proxy.http()).await.unwrap();
+    let post = "POST /index.php HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nhi\r\n";
+    assert_eq!(stray.exchange("POST", post.as_bytes()).await.unwrap().status, 200);
+    // Part of a head is: it has the deadline of one.
+    let mut begun = Connection::<TcpStream>::open(proxy.http()).await.unwrap();
+    assert_eq!(begun.exchange("GET", format!("{get}G").as_bytes()).await.unwrap().status, 200);
+    let mut goes_on = Connection::<TcpStream>::open(proxy.http()).await.unwrap();
+    assert_eq!(goes_on.exchange("GET", format!("{get}G").as_bytes()).await.unwrap().status, 200);
+    tokio::time::sleep(pause).await;
+    assert_eq!(goes_on.exchange("GET", &get.as_bytes()[1..]).await.unwrap().status, 200);
+    assert_eq!(begun.read_response("GET").await.unwrap().status, 408);
+    assert_eq!(stray.exchange("GET", get.as_bytes()).await.unwrap().status, 200);
+    assert_eq!(fpm.requests().len(), 5);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_follows_the_last_answer_is_not_a_request() {
+    let (fpm, proxy) = start("").await;
+    let post = "POST /index.php HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n";
+    for rest in [format!("{post}\r\nhi"), "GET /index.php HTTP/1.1\r\nHost: a\r\n\r\n".to_owned()] {
+        let mut client = Connection::<TcpStream>::open(proxy.http()).await.unwrap();
+        let last = format!("{post}Connection: close\r\n\r\nhi");
+        assert_eq!(client.exchange("POST", last.as_bytes()).await.unwrap().status, 200);
+        let before = fpm.requests().len();
+        // It lingers for what is on its way, and throws it away.
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        let _ = client.send(&rest).await;
+        let _ = client.wait_closed(Duration::from_secs(20)).await;
+        // A request on another connection comes after whatever was made of it.
+        assert_eq!(http::get(proxy.http(), "/index.php").await.unwrap().status, 200);
+        assert_eq!(fpm.requests().len(), before + 1);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn malformed_requests_get_the_status_of_the_rfc() {
     let (fpm, proxy) = start("").await;
     for (request, status) in [

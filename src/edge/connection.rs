@@ -204,9 +204,7 @@ impl Way<'_> {
                 Err(End::Park) => {
                     let parts = connection.into_parts();
                     io = parts.io.into_inner();
-                    if !parts.read_buf.is_empty() {
-                        io.unread(parts.read_buf);
-                    }
+                    io.take_back(parts.read_buf);
                 }
                 Err(end) => return finish(context, peer, progress, end, connection.into_parts().io.into_inner()).await,
             }

@@ -259,6 +259,14 @@ impl Io {
         self.prefix = prefix;
     }
 
+    /// What hyper had read of the next request when it was asked to end: of a request that has begun, but for the empty lines that may stand before one
+    /// (RFC 9112, section 2.2).
+    pub fn take_back(&mut self, mut read: Bytes) {
+        read.advance(read.iter().take_while(|byte| matches!(byte, b'\r' | b'\n')).count());
+        self.progress.received(&read);
+        self.prefix = read;
+    }
+
     /// Until there is something to read, an end among it. Takes no buffer.
     pub fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<()> {
         let decrypted = match &self.stream {
@@ -345,6 +353,8 @@ impl AsyncWrite for Io {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // No other request comes after this, whatever its bytes look like.
+        self.progress.may_park.set(false);
         ready!(either!(&mut self.stream, inner => inner.poll_shutdown(cx)))?;
         if self.progress.linger.get() || self.progress.leaving.get() {
             ready!(self.poll_linger(cx));

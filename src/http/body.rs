@@ -151,8 +151,8 @@ where
     Ok(Buffered::Memory(held, memory))
 }
 
-/// Pieces up to this size are copied together: each kept by itself would take more memory than its bytes do.
-const SMALL_PIECE: usize = 4 * 1024;
+/// Pieces up to this size are copied together: each kept by itself would hold the buffer that it was read into, which is larger.
+const SMALL_PIECE: usize = 16 * 1024;
 
 /// A body in memory as it came.
 #[derive(Debug, Default)]

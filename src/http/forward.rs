@@ -170,7 +170,9 @@ impl Drop for Waiting<'_> {
         // Who was refused at once has not waited.
         let waited = match self.ended {
             Some(Ok(waited)) => waited,
-            _ => Some(self.since.elapsed()).filter(|waited| *waited >= Duration::from_millis(1)).unwrap_or_default(),
+            _ => Some(clock::now().saturating_duration_since(self.since))
+                .filter(|waited| *waited >= Duration::from_millis(1))
+                .unwrap_or_default(),
         };
         match self.ended {
             None => self.metrics.expired(self.upstream, Kind::ClientLeft.cause()),
@@ -282,16 +284,23 @@ async fn attempt(
     mut ticket: Ticket,
     policy: &Policy,
 ) -> Result<Response<Content>, Failed> {
-    let mut conn = match ticket.conn.take() {
-        Some(conn) => conn,
-        None => match Conn::connect(&ticket.endpoint().address, policy.connect_timeout).await {
-            Ok(conn) => conn,
-            Err(error) => return Err(Failed::with(ticket, error)),
-        },
-    };
-    if worker.sinks.registry.len() >= TOGETHER {
+    // Until something has been sent a client that leaves is no failure, and its worker has spent no time.
+    ticket.is_begun(false);
+    if ticket.conn.is_some() && worker.sinks.registry.len() >= TOGETHER {
         tokio::task::yield_now().await;
+        // What was quiet may have ended meanwhile.
+        let idempotent = is_idempotent(&php.parts.method);
+        ticket.conn = ticket.conn.take().filter(|conn| if idempotent { conn.looks_quiet() } else { conn.is_quiet() });
     }
+    let connected = match ticket.conn.take() {
+        Some(conn) => Ok(conn),
+        None => Conn::connect(&ticket.endpoint().address, policy.connect_timeout).await,
+    };
+    ticket.is_begun(true);
+    let mut conn = match connected {
+        Ok(conn) => conn,
+        Err(error) => return Err(Failed::with(ticket, error)),
+    };
     let (stdin, stdin_ended) = match encode(worker, &mut conn.output, php, site_root, body, &ticket) {
         Ok(stdin) => stdin,
         Err(error) => return Err(Failed::with(ticket, error)),

@@ -33,9 +33,10 @@ pub const TOO_LONG: &str = "PHP has written more than its Content-Length says; t
 
 /// Written to a spill file at once.
 const BATCH_BYTES: usize = 256 * 1024;
-/// So long in all FPM waits for a reader that keeps up before a file is begun: a client that takes the answer as it comes needs none, and the worker of a
-/// slow one is held no longer than this.
-const PATIENCE: Duration = Duration::from_millis(50);
+/// So long FPM waits for a reader that keeps up before a file is begun, as often as that one has moved, but no longer in all than PATIENCE: a client that
+/// takes the answer as it comes needs no file, and a worker is not held for one that does not.
+const PATIENCE_AT_ONCE: Duration = Duration::from_millis(2);
+const PATIENCE: Duration = Duration::from_millis(20);
 /// An unbuffered answer waits for its client beyond this.
 const UNBUFFERED_BYTES: usize = 64 * 1024;
 
@@ -224,8 +225,8 @@ impl Pump {
                 }
                 Place::NewFile if !patience.is_zero() => {
                     let began = Instant::now();
-                    let _ = tokio::time::timeout(*patience, self.reader_moved()).await;
-                    *patience = patience.saturating_sub(began.elapsed());
+                    let moved = tokio::time::timeout(PATIENCE_AT_ONCE.min(*patience), self.reader_moved()).await.is_ok();
+                    *patience = if moved { patience.saturating_sub(began.elapsed()) } else { Duration::ZERO };
                 }
                 Place::NewFile => {
                     let file = SpillFile::create(&self.buffers.pool, plan.dir.clone()).await?;

@@ -78,6 +78,14 @@ impl Ticket {
     pub fn endpoint(&self) -> &Arc<Endpoint> {
         &self.slot.endpoint
     }
+
+    /// How it counts if it is dropped now: as a client that has left before anything was sent for it, or as a failure that took its time.
+    pub fn is_begun(&mut self, begun: bool) {
+        self.upstream.end(if begun { End::Failed } else { End::ClientLeft });
+        if let Some(work) = &mut self.slot.work {
+            work.is_counted(begun);
+        }
+    }
 }
 
 enum NoTicket {

@@ -228,8 +228,9 @@ impl Counts {
     }
 
     fn note(&self, busy: u32, now_ms: u64) {
-        let now = Self::half(now_ms);
         let word = self.recent.load(Ordering::Relaxed);
+        // Another worker's turn of the loop may have begun later.
+        let now = Self::half(now_ms).max(word >> 32);
         let (before, most) = Self::halves(word, now);
         let most = most.max(u64::from(busy.min(0xffff)));
         let next = now << 32 | before << 16 | most;
@@ -240,7 +241,8 @@ impl Counts {
     }
 
     fn recent(&self, now_ms: u64) -> u32 {
-        let (before, most) = Self::halves(self.recent.load(Ordering::Relaxed), Self::half(now_ms));
+        let word = self.recent.load(Ordering::Relaxed);
+        let (before, most) = Self::halves(word, Self::half(now_ms).max(word >> 32));
         u32::try_from(before.max(most)).unwrap_or(UNLIMITED)
     }
 }
@@ -255,6 +257,11 @@ pub struct Work {
 }
 
 impl Work {
+    /// Whether its time is counted: not as long as nothing has been sent.
+    pub fn is_counted(&mut self, counted: bool) {
+        self.counted = counted;
+    }
+
     /// It has come to nothing: no time is counted.
     pub fn undone(mut self) {
         self.counted = false;
