@@ -1,6 +1,6 @@
 //! Slackwater beside Nginx, HAProxy and Caddy, row by row (DESIGN.md, section 8), in turns, one worker each on core 0, clients and responder on core 1.
 //!
-//!   benches/compare/run [--rounds 5] [--seconds 1.5] [--rows 1a,1b] [--again]
+//!   benches/compare/run [--rounds 5] [--seconds 1] [--rows 1a,1b] [--again]
 //!
 //! What has been measured is kept, so that an interrupted run goes on where it stopped; `--again` forgets it.
 
@@ -155,7 +155,7 @@ fn main() {
 fn options(arguments: &[String]) -> Options {
     let mut options = Options {
         rounds: 5,
-        seconds: 1.5,
+        seconds: 1.0,
         rows: Vec::new(),
         state: PathBuf::from("target/compare.json"),
         page: PathBuf::from("target/benchmarks.md"),
