@@ -164,8 +164,10 @@ async fn hold(plan: &Plan, tls: Option<&TlsConnector>, request: &[u8]) -> Vec<Bo
     let mut held: Vec<Box<dyn Wire>> = Vec::with_capacity(plan.idle);
     let mut buffer = vec![0; 64 * 1024];
     while held.len() < plan.idle {
-        // From several addresses: one has not ports enough.
-        let from = Ipv4Addr::new(127, 0, 1, u8::try_from(held.len() / 10_000).unwrap_or(u8::MAX));
+        // From several addresses, others for each process: one has not ports enough, and those of the round before are not free yet.
+        let octet = |n: usize| u8::try_from(n % 250).unwrap_or(0) + 1;
+        let process = usize::try_from(std::process::id()).unwrap_or(0);
+        let from = Ipv4Addr::new(127, octet(process / 250), octet(process), octet(held.len() / 5_000));
         let mut wire = connect(plan.address, Some(from), tls).await.expect("an idle connection is accepted").0;
         ask(&mut wire, request, &mut buffer).await.expect("its one request is answered");
         held.push(wire);

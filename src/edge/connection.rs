@@ -45,7 +45,7 @@ const MAX_HEADERS: usize = 256;
 /// An HTTP/2 answer is handed over in pieces of a frame's default size, so that taking one is progress however small the window.
 const MAX_PIECE: usize = 16 * 1024;
 /// hyper keeps some 20 KiB for an idle connection, and a new one costs a microsecond.
-const PARK_AFTER: Duration = Duration::from_millis(100);
+const PARK_AFTER: Duration = Duration::from_millis(25);
 const NEVER: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// Told of what was refused before it was a request.
