@@ -196,10 +196,16 @@ async fn compare(options: &Options) {
         );
     }
     let mut stage = Stage::new();
+    // After each row, so that an interrupted run has told what it knows.
+    let tell = |state: &State| {
+        fs::write(&options.page, report::page(state, &rows::all(), options)).expect("the page is written");
+        fs::write(&options.plot, report::plot(state, &rows::all())).expect("the plot is written");
+    };
     // The rates of the open loop are parts of it.
     let all = rows::all();
     for row in all.iter().filter(|row| options.wants(row.id)) {
-        let rounds = if row.idle > 0 { options.rounds.min(3) } else { options.rounds };
+        // Memory is the same each time, and making the connections takes long.
+        let rounds = if row.idle > 0 { 1 } else { options.rounds };
         let has = |state: &State, peer: Peer, round: usize| {
             state.samples.iter().any(|s| s.row == row.id && s.peer == peer && s.round == round)
         };
@@ -207,6 +213,7 @@ async fn compare(options: &Options) {
         if mine.iter().all(|peer| (0..rounds).all(|round| has(&state, *peer, round))) {
             continue;
         }
+        tell(&state);
         println!("\n{} {}", row.id, row.title);
         let fpm = match row.fpm {
             Some(_) => Some(RealFpm::builder("blue").workers(FPM_WORKERS).docroot(&support::real_fpm::php_folder()).start().await),
@@ -240,8 +247,7 @@ async fn compare(options: &Options) {
         state.counts = counts::measure(&mut stage);
         save(&state);
     }
-    fs::write(&options.page, report::page(&state, &all, options)).expect("the page is written");
-    fs::write(&options.plot, report::plot(&state, &all)).expect("the plot is written");
+    tell(&state);
 }
 
 /// Nginx's, in the same row in closed loop.

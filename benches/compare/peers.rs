@@ -57,7 +57,9 @@ impl Peer {
         let argument = if self == Peer::Slackwater { "--version" } else { argument };
         let output = Command::new(self.program()).arg(argument).output().expect("it runs");
         let text = [output.stdout, output.stderr].concat();
-        String::from_utf8_lossy(&text).lines().next().unwrap_or_default().trim().to_owned()
+        let text = String::from_utf8_lossy(&text);
+        let version = text.split_whitespace().find(|word| word.contains(|c: char| c.is_ascii_digit())).unwrap_or_default();
+        format!("{} {}", self.name(), version.trim_start_matches("nginx/"))
     }
 }
 
