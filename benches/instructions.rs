@@ -32,7 +32,8 @@ const CASES: [Case; 5] = [
     ("answer: head of 6 headers", 6_700, head),
     ("answer: records of 1 KiB", 650, answer),
     ("guards", 1_350, guard),
-    ("site and route, the last of ten", 2_400, routing),
+    // From 2,400 to 3,600, by the seed of the hashes.
+    ("site and route, the last of ten", 3_400, routing),
 ];
 
 fn request(times: u64) {
@@ -130,8 +131,8 @@ fn main() -> ExitCode {
     let mut within = true;
     println!("| | instructions | budget |\n|---|---|---|");
     for (nth, (name, budget, _)) in CASES.iter().enumerate() {
-        // What a start costs falls out.
-        let each = (counted(nth, 3_000) - counted(nth, 1_000)) / 2_000;
+        // What a start costs falls out; it differs a little from run to run (hashes are seeded at random).
+        let each = (counted(nth, 50_000) - counted(nth, 10_000)) / 40_000;
         let word = if each * 10 > budget * 11 { " **more than its budget**" } else { "" };
         within &= word.is_empty();
         println!("| {name} | {each} | {budget}{word} |");
