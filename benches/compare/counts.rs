@@ -52,14 +52,11 @@ fn calls(stage: &Stage, peer: Peer, setup: &Setup, head: String) -> (BTreeMap<St
         strace.args(["-p", &pid.to_string()]);
     }
     strace.stdout(Stdio::null()).stderr(Stdio::null());
-    let mut tracer = None;
     // Attached before the first connection and until the last answer: all requests count.
     let plan = plan(proxy.address, head, 64, 2.0);
-    let mut strace = Some(strace);
-    tracer.replace(children::spawn(strace.take().expect("once"), libc::SIGINT).expect("strace starts"));
+    let mut tracer = children::spawn(strace, libc::SIGINT).expect("strace starts");
     std::thread::sleep(Duration::from_millis(500));
     let seen: Seen = drive(&plan, Some(1), |_| {}, || {});
-    let mut tracer = tracer.take().expect("it runs");
     children::signal(tracer.id(), libc::SIGINT);
     let _ = tracer.wait();
     let mut found = BTreeMap::new();

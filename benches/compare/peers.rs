@@ -46,9 +46,9 @@ impl Peer {
     pub fn program(self) -> PathBuf {
         match self {
             Peer::Slackwater => PathBuf::from(env!("CARGO_BIN_EXE_slackwater")),
-            Peer::Nginx => find("nginx"),
-            Peer::Haproxy => find("haproxy"),
-            Peer::Caddy => std::env::var_os("CADDY").map_or_else(|| find("caddy"), PathBuf::from),
+            Peer::Nginx => children::program("nginx"),
+            Peer::Haproxy => children::program("haproxy"),
+            Peer::Caddy => std::env::var_os("CADDY").map_or_else(|| children::program("caddy"), PathBuf::from),
         }
     }
 
@@ -61,17 +61,6 @@ impl Peer {
         let version = text.split_whitespace().find(|word| word.contains(|c: char| c.is_ascii_digit())).unwrap_or_default();
         format!("{} {}", self.name(), version.trim_start_matches("nginx/"))
     }
-}
-
-/// Where a program is: some are in sbin, which not every PATH has.
-pub fn find(name: &str) -> PathBuf {
-    let folders = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"];
-    let of_path = std::env::var_os("PATH").unwrap_or_default();
-    let found = std::env::split_paths(&of_path)
-        .chain(folders.iter().map(PathBuf::from))
-        .map(|folder| folder.join(name))
-        .find(|file| file.exists());
-    found.unwrap_or_else(|| panic!("{name} is not on this machine: `benches/compare/run` installs it"))
 }
 
 /// How a proxy speaks with FPM.

@@ -4,7 +4,7 @@ use std::{
     fmt::Write as _,
     fs,
     net::SocketAddr,
-    path::{Path, PathBuf},
+    path::Path,
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -70,16 +70,6 @@ impl Drop for Running {
     }
 }
 
-/// Where a program is: some are in sbin, which not every PATH has.
-fn program(name: &str) -> PathBuf {
-    let folders = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"];
-    folders
-        .iter()
-        .map(|folder| Path::new(folder).join(name))
-        .find(|file| file.exists())
-        .unwrap_or_else(|| panic!("{name} is not on this machine: apt-get install nginx-light haproxy"))
-}
-
 /// What our own configuration says beyond the pools; `lanes` where the bench is about them.
 pub fn ours(pools: &[SocketAddr], docroot: &Path, lanes: &str, routes: &str) -> String {
     let endpoints: Vec<String> = pools.iter().map(ToString::to_string).collect();
@@ -98,12 +88,12 @@ pub async fn start(peer: Peer, pools: &[SocketAddr], docroot: &Path) -> Running 
     let file = folder.path().join("proxy.conf");
     let (mut command, text) = match peer {
         Peer::NginxRoundRobin | Peer::NginxLeastConn => {
-            let mut command = Command::new(program("nginx"));
+            let mut command = Command::new(children::program("nginx"));
             command.arg("-c").arg(&file).arg("-p").arg(folder.path());
             (command, nginx(peer == Peer::NginxLeastConn, address, pools, docroot, folder.path()))
         }
         _ => {
-            let mut command = Command::new(program("haproxy"));
+            let mut command = Command::new(children::program("haproxy"));
             command.arg("-f").arg(&file);
             (command, haproxy(peer == Peer::HaproxyTuned, address, pools, docroot))
         }

@@ -46,7 +46,6 @@ const MAX_HEADERS: usize = 256;
 const MAX_PIECE: usize = 16 * 1024;
 /// hyper keeps some 20 KiB for an idle connection, and a new one costs a microsecond.
 const PARK_AFTER: Duration = Duration::from_millis(25);
-const NEVER: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// Told of what was refused before it was a request.
 pub type Refused = Box<dyn Fn(&Peer, &Error)>;
@@ -196,8 +195,7 @@ impl Way<'_> {
             progress.may_park.set(false);
             match end {
                 Ok(Ok(())) => return,
-                Ok(Err(error)) if progress.line_too_long.get() => {
-                    tracing::debug!(peer = %peer.remote, %error, "the request line is too long");
+                Ok(Err(_)) if progress.line_too_long.get() => {
                     return finish(context, peer, progress, End::LineTooLong, connection.into_parts().io.into_inner()).await;
                 }
                 Ok(Err(error)) => return refused_by_hyper(context, peer, &error),
@@ -308,7 +306,7 @@ async fn under_deadlines<T>(
     progress: &Progress,
     mut work: impl FnMut(&mut Context<'_>) -> Poll<T>,
 ) -> Result<T, End> {
-    let mut armed = Instant::now() + NEVER;
+    let mut armed = Instant::now() + clock::NEVER;
     let sleep = tokio::time::sleep_until(armed);
     tokio::pin!(sleep);
     let mut look = |cx: &mut Context<'_>| {
@@ -338,7 +336,7 @@ async fn under_deadlines<T>(
             }
             if wanted.is_some_and(|wanted| now >= wanted) {
                 // Whoever wants it finds that its time has come.
-                armed = now + NEVER;
+                armed = now + clock::NEVER;
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }

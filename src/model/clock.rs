@@ -12,7 +12,7 @@ use std::{
 use tokio::time::{Instant, Sleep};
 
 /// So far away that nobody waits for it.
-const NEVER: Duration = Duration::from_secs(365 * 24 * 3600);
+pub const NEVER: Duration = Duration::from_secs(365 * 24 * 3600);
 
 #[derive(Clone, Copy)]
 struct Turn {

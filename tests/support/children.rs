@@ -5,6 +5,7 @@
 
 use std::io;
 use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::{Child, Command};
 use std::sync::OnceLock;
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -56,6 +57,17 @@ pub fn spawn(mut command: Command, at_our_death: libc::c_int) -> io::Result<Chil
     let (reply, child) = sync_channel(1);
     starter().send(Order::Start(command, reply)).expect("the starter thread lives on");
     child.recv().expect("the starter thread answers")
+}
+
+/// Where a program is: some are in sbin, which not every PATH has.
+pub fn program(name: &str) -> PathBuf {
+    let folders = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"];
+    let of_path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&of_path)
+        .chain(folders.iter().map(PathBuf::from))
+        .map(|folder| folder.join(name))
+        .find(|file| file.exists());
+    found.unwrap_or_else(|| panic!("{name} is not on this machine: apt-get install nginx-light haproxy"))
 }
 
 /// Sends a signal to a process that this test started; false if it is gone.
