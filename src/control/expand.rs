@@ -293,7 +293,7 @@ fn hosts(table: &SiteTable, site: &Arc<Site>) -> Vec<String> {
 fn in_match_order(site: &Site) -> impl Iterator<Item = &Arc<Route>> {
     let mut exact: Vec<_> = site.exact.iter().collect();
     exact.sort_by(|(a, _), (b, _)| b.len().cmp(&a.len()).then_with(|| a.cmp(b)));
-    exact.into_iter().flat_map(|(_, routes)| routes).chain(&site.ordered)
+    exact.into_iter().flat_map(|(_, routes)| routes).chain(site.ordered.iter())
 }
 
 fn route(out: &mut Out, config: &Config, route: &Route) {

@@ -21,6 +21,7 @@ use tokio_rustls::TlsAcceptor;
 use tower::Service;
 
 use super::{
+    batch::Batch,
     io::{Io, Progress, Stage, Stream, Watched},
     listener::Counts,
     proxy_protocol,
@@ -224,13 +225,14 @@ impl Way<'_> {
         progress.multiplexed.set(true);
         progress.enter(Stage::Idle);
         let listen = &settings.listen;
+        let batch = Batch::new(io);
         let connection = conn::http2::Builder::new(streams)
             .timer(TokioTimer::new())
             .max_concurrent_streams(MAX_STREAMS)
             .max_header_list_size(u32::try_from(listen.max_uri_bytes + listen.max_header_bytes + 4096).unwrap_or(u32::MAX))
             .keep_alive_interval(H2_PING_EVERY)
             .keep_alive_timeout(H2_PING_TIMEOUT)
-            .serve_connection(TokioIo::new(io), service);
+            .serve_connection(TokioIo::new(batch.clone()), service);
         tokio::pin!(connection);
         let leaving = Cell::new(false);
         loop {
@@ -242,7 +244,11 @@ impl Way<'_> {
                         leaving.set(true);
                         connection.as_mut().graceful_shutdown();
                     }
-                    connection.as_mut().poll(cx)
+                    let turn = connection.as_mut().poll(cx).map_err(Ended::from);
+                    match batch.poll_send(cx) {
+                        Poll::Ready(Err(error)) if turn.is_pending() => Poll::Ready(Err(error.into())),
+                        _ => turn,
+                    }
                 })
                 .await;
             match end {
@@ -284,6 +290,9 @@ async fn open(mut stream: Watched, mut peer: Peer, settings: &Settings) -> Resul
     let stream = accepted.map_err(|error| refused(Kind::Handshake, error))?;
     Ok((Stream::Tls(Box::new(stream)), peer))
 }
+
+/// Why an HTTP/2 connection has ended.
+type Ended = Box<dyn std::error::Error>;
 
 /// Why a connection ends before its peer or hyper wants it to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,5 +1,6 @@
 //! From a socket to an HTTP request. Generic over the service that answers.
 
+pub mod batch;
 pub mod connection;
 pub mod io;
 pub mod listener;

@@ -120,7 +120,7 @@ pub fn route<'a>(site: &'a Site, asked: &Asked<'_>, path: &[u8]) -> &'a Arc<Rout
         Pattern::Prefix(prefix) => path.starts_with(prefix.as_bytes()),
         Pattern::Regex(regex) => regex.is_match(&text),
     };
-    let mut all = site.ordered.iter().filter(|route| takes(route) && fits(route));
+    let mut all = site.ordered.candidates(path).filter(|route| takes(route) && fits(route));
     match all.next() {
         None => &site.default_route,
         // The preset does not close it; what the site says of it, it says by its own routes.

@@ -4,6 +4,7 @@ pub mod address;
 pub mod clock;
 pub mod log_text;
 pub mod names;
+pub mod ordered;
 pub mod peer;
 pub mod rules;
 pub mod settings;

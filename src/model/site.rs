@@ -5,6 +5,7 @@ use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
 use regex::Regex;
 
 use super::{
+    ordered::Ordered,
     rules::{
         Access, Action, BasicAuth, Coding, Compress, Cors, ErrorPage, ErrorPages, Expires, HeaderEdits, Limit, Maintenance, When,
     },
@@ -39,7 +40,7 @@ pub struct Site {
     /// Exact paths.
     pub exact: HashMap<String, Vec<Arc<Route>>>,
     /// Prefixes and expressions in the file's order.
-    pub ordered: Vec<Arc<Route>>,
+    pub ordered: Ordered,
     /// The site's own keys: what applies where no route matches.
     pub default_route: Arc<Route>,
 }

@@ -324,7 +324,7 @@ impl Dispatcher {
             if pool.is_empty() {
                 return None;
             }
-            pool.warmest(|id| set.has(id) && set.endpoints.iter().any(|e| e.id == id && usable(e)))?
+            pool.warmest(|id| set.endpoint(id).is_some_and(|endpoint| usable(endpoint)))?
         };
         self.lease_of(id, want, may_risk)
     }

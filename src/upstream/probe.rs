@@ -153,7 +153,7 @@ impl Probes {
 /// Whether any set with a preflight has this endpoint.
 fn asks(snapshot: &Snapshot, endpoint: &Endpoint) -> bool {
     let mut sets = snapshot.upstreams.values().flat_map(|u| u.sets.values());
-    sets.any(|set| set.config.preflight.is_some() && set.has(endpoint.id))
+    sets.any(|set| set.config.preflight.is_some() && set.endpoint(endpoint.id).is_some())
 }
 
 struct Target {

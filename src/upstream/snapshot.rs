@@ -72,8 +72,8 @@ impl std::fmt::Display for ActiveBy {
 pub struct Set {
     pub config: SetConfig,
     pub endpoints: Vec<Arc<Endpoint>>,
-    /// Sorted, for `has`.
-    ids: Vec<u64>,
+    /// By id, sorted: of each its place in `endpoints`.
+    places: Vec<(u64, usize)>,
     /// For `balance = "hash:..."`.
     pub ring: Option<Ring>,
 }
@@ -81,9 +81,9 @@ pub struct Set {
 impl Set {
     pub fn new(config: SetConfig, endpoints: Vec<Arc<Endpoint>>, hashed: bool) -> Self {
         let ring = hashed.then(|| Ring::new(&endpoints));
-        let mut ids: Vec<u64> = endpoints.iter().map(|e| e.id).collect();
-        ids.sort_unstable();
-        Set { config, endpoints, ids, ring }
+        let mut places: Vec<(u64, usize)> = endpoints.iter().enumerate().map(|(place, e)| (e.id, place)).collect();
+        places.sort_unstable();
+        Set { config, endpoints, places, ring }
     }
 
     pub fn name(&self) -> &Arc<str> {
@@ -116,8 +116,9 @@ impl Set {
         self.counted(now_ms).try_fold(0_u32, |sum, endpoint| Some(sum.saturating_add(endpoint.limit()?)))
     }
 
-    pub fn has(&self, endpoint: u64) -> bool {
-        self.ids.binary_search(&endpoint).is_ok()
+    pub fn endpoint(&self, id: u64) -> Option<&Arc<Endpoint>> {
+        let at = self.places.binary_search_by_key(&id, |(id, _)| *id).ok()?;
+        self.endpoints.get(self.places.get(at)?.1)
     }
 }
 

@@ -152,7 +152,7 @@ fn read_site(mut t: Reader<'_>, around: &Around<'_>, taken: &mut Hosts, folders:
         symlinks,
         https_only,
         exact: routes.exact,
-        ordered: routes.ordered,
+        ordered: routes.ordered.into(),
         default_route,
     };
     if t.report.count() == before {
@@ -312,7 +312,7 @@ fn check_php(t: &Reader<'_>, site: &Site, upstreams: &Upstreams, tried: &[Tried]
 
 /// Every route but the site's own, in no order that means anything.
 fn routes_of(site: &Site) -> impl Iterator<Item = &Arc<Route>> {
-    site.exact.values().flatten().chain(&site.ordered)
+    site.exact.values().flatten().chain(site.ordered.iter())
 }
 
 /// A declared script, or a file that is no PHP. The endings are those that http::route never serves as files.

@@ -193,7 +193,7 @@ impl Reconciler {
                     continue;
                 }
                 changed = true;
-                let but = |of: &[Arc<Endpoint>], other: &Set| of.iter().filter(|e| !other.has(e.id)).count();
+                let but = |of: &[Arc<Endpoint>], other: &Set| of.iter().filter(|e| other.endpoint(e.id).is_none()).count();
                 let came = old.map_or(set.endpoints.len(), |old| but(&set.endpoints, old));
                 let went = old.map_or(0, |old| but(&old.endpoints, set));
                 tracing::info!(upstream = &**name, set = &**set_name, endpoints = set.endpoints.len(), came, went, "endpoints");

@@ -4,7 +4,10 @@ use proptest::prelude::*;
 use regex::Regex;
 
 use super::*;
-use crate::model::site::{PhpRoot, Symlinks};
+use crate::model::{
+    ordered::Ordered,
+    site::{PhpRoot, Symlinks},
+};
 
 fn asked<'a>(method: &'a Method, headers: &'a HeaderMap) -> Asked<'a> {
     Asked { method, headers, preflight: None, query: None, from: [192, 0, 2, 1].into(), https: false }
@@ -119,7 +122,7 @@ pub(in crate::http) fn site_with(scripts: &[&str]) -> Site {
         symlinks: Symlinks::Follow,
         https_only: false,
         exact: HashMap::new(),
-        ordered: Vec::new(),
+        ordered: Ordered::default(),
         default_route: Arc::new(any_route()),
     }
 }
@@ -168,7 +171,7 @@ fn routes() {
         a_route("~^/private", Pattern::Regex(Regex::new("^/private/.$").unwrap())),
         a_route("/a/b/*", Pattern::Prefix("/a/b/".into())),
     ];
-    site.ordered = ordered.into_iter().map(Arc::new).collect();
+    site.ordered = ordered.into_iter().map(Arc::new).collect::<Vec<_>>().into();
     let mut post = a_route("/a/x", Pattern::Exact("/a/x".into()));
     post.methods = vec![Method::POST];
     let mut get = a_route("/a/x get", Pattern::Exact("/a/x".into()));
@@ -183,6 +186,27 @@ fn routes() {
     assert_eq!(path(Method::GET, b"/a"), "");
     assert_eq!(path(Method::GET, b"/private/\xff"), "~^/private");
     assert_eq!(path(Method::GET, b"/"), "");
+}
+
+proptest! {
+    /// Over paths of two letters, where prefixes nest and repeat.
+    #[test]
+    fn candidates_are_what_looking_at_every_route_finds(prefixes in prop::collection::vec("[ab/]{0,4}", 0..24), path in "[ab/]{0,6}") {
+        let routes = prefixes.iter().enumerate().map(|(nth, prefix)| {
+            let pattern = match nth % 5 {
+                4 => Pattern::Regex(Regex::new(prefix).unwrap()),
+                _ => Pattern::Prefix(prefix.clone()),
+            };
+            Arc::new(a_route(&nth.to_string(), pattern))
+        });
+        let ordered = Ordered::from(routes.collect::<Vec<_>>());
+        let names = |routes: Vec<&Arc<Route>>| routes.iter().map(|route| route.path.clone()).collect::<Vec<_>>();
+        let fits = |route: &&Arc<Route>| match &route.pattern {
+            Pattern::Prefix(prefix) => path.starts_with(prefix.as_str()),
+            _ => true,
+        };
+        prop_assert_eq!(names(ordered.candidates(path.as_bytes()).collect()), names(ordered.iter().filter(fits).collect()));
+    }
 }
 
 fn script(name: &str) -> Target<'_> {
