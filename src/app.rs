@@ -74,6 +74,8 @@ const CHANNEL: usize = 1024;
 const POOL_THREADS: usize = 64;
 /// Kept for listeners, logs, FPM and files when "auto" shares out file descriptors.
 const SPARE_DESCRIPTORS: usize = 64;
+/// One in so many of them may be a spill file.
+const SPILL_PART: usize = 8;
 
 /// Runs until asked to end. Exit code 0, or 3 if requests were cut.
 pub fn run(path: &Path) -> Result<u8, String> {
@@ -84,6 +86,7 @@ pub fn run(path: &Path) -> Result<u8, String> {
         .map_err(|problems| problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))?;
     let settings = config.settings.clone();
     let log = Arc::new(crate::telemetry::tracing::init(settings.log.format, &settings.log.level)?);
+    raise_descriptors();
     for warning in config.warnings_now() {
         tracing::warn!("{warning}");
     }
@@ -102,6 +105,7 @@ pub fn run(path: &Path) -> Result<u8, String> {
     let buffers = Buffers {
         memory: Budget::new(settings.buffer.total),
         disk: Budget::new(settings.buffer.disk),
+        files: Budget::new((descriptors() / SPILL_PART) as u64),
         pool: pool.handle().clone(),
     };
     let access = AccessLog::start(&settings.log, Target::from(&*settings.log.access_file))
@@ -508,11 +512,25 @@ fn caps(settings: &Settings) -> Caps {
     }
 }
 
+/// As many as the process may have.
+fn descriptors() -> usize {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    limit.and_then(|n| usize::try_from(n).ok()).unwrap_or(1 << 20)
+}
+
+/// A shell's soft limit is there for programs that use select(2).
+fn raise_descriptors() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
+}
+
 /// A client and a connection to FPM for each, and some to spare.
 fn connections_by_descriptors() -> usize {
-    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
-    let limit = limit.and_then(|n| usize::try_from(n).ok()).unwrap_or(1 << 20);
-    (limit.saturating_sub(SPARE_DESCRIPTORS) / 2).max(16)
+    let limit = descriptors();
+    ((limit - limit / SPILL_PART).saturating_sub(SPARE_DESCRIPTORS) / 2).max(16)
 }
 
 /// Mode 0600 from its first moment: bound under a name of its own, then renamed. A socket that nobody answers on is replaced.

@@ -30,7 +30,6 @@ pub enum Kind {
     Unauthorized,
     MethodNotAllowed,
     ParamTooLong,
-    UpgradeRefused,
     /// `maintenance`.
     Maintenance,
     /// No PROXY header, or from one who is not trusted.
@@ -43,6 +42,8 @@ pub enum Kind {
     TooManyAtOnce,
     /// The client left before there was an answer.
     ClientLeft,
+    /// On HTTP/2: it takes its requests back again and again, and its connection is closed (CVE-2023-44487).
+    TakenBack,
     Starting,
     NoUpstream,
     NoEndpoint,
@@ -54,6 +55,8 @@ pub enum Kind {
     DeadlinePassed,
     BufferFull,
     DiskFull,
+    /// This machine has no descriptor, port or memory for another connection: no pod is to blame.
+    LocalLimit,
     ConnectFailed,
     ConnectTimeout,
     /// EOF, reset or a malformed answer before PHP's headers.
@@ -68,7 +71,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    pub const ALL: [Kind; 39] = [
+    pub const ALL: [Kind; 40] = [
         Kind::BadRequest,
         Kind::BadPath,
         Kind::UriTooLong,
@@ -83,13 +86,13 @@ impl Kind {
         Kind::Unauthorized,
         Kind::MethodNotAllowed,
         Kind::ParamTooLong,
-        Kind::UpgradeRefused,
         Kind::Maintenance,
         Kind::ProxyHeader,
         Kind::Handshake,
         Kind::TooOften,
         Kind::TooManyAtOnce,
         Kind::ClientLeft,
+        Kind::TakenBack,
         Kind::Starting,
         Kind::NoUpstream,
         Kind::NoEndpoint,
@@ -99,6 +102,7 @@ impl Kind {
         Kind::DeadlinePassed,
         Kind::BufferFull,
         Kind::DiskFull,
+        Kind::LocalLimit,
         Kind::ConnectFailed,
         Kind::ConnectTimeout,
         Kind::UpstreamClosed,
@@ -128,13 +132,13 @@ impl Kind {
             Kind::Unauthorized => (401, "unauthorized", Client),
             Kind::MethodNotAllowed => (405, "method_not_allowed", Client),
             Kind::ParamTooLong => (431, "param_too_long", Client),
-            Kind::UpgradeRefused => (501, "upgrade_refused", Client),
             Kind::Maintenance => (503, "maintenance", Us),
             Kind::ProxyHeader => (400, "proxy_header", Client),
             Kind::Handshake => (400, "handshake", Client),
             Kind::TooOften => (429, "too_often", Client),
             Kind::TooManyAtOnce => (429, "too_many_at_once", Client),
             Kind::ClientLeft => (499, "client_left", Client),
+            Kind::TakenBack => (499, "taken_back", Client),
             Kind::Starting => (503, "starting", Us),
             Kind::NoUpstream => (503, "no_upstream", Us),
             Kind::NoEndpoint => (503, "no_endpoint", Upstream),
@@ -144,6 +148,7 @@ impl Kind {
             Kind::DeadlinePassed => (503, "deadline_passed", Upstream),
             Kind::BufferFull => (503, "buffer_full", Us),
             Kind::DiskFull => (503, "disk_full", Us),
+            Kind::LocalLimit => (503, "local_limit", Us),
             Kind::ConnectFailed => (502, "connect_failed", Upstream),
             Kind::ConnectTimeout => (504, "connect_timeout", Upstream),
             Kind::UpstreamClosed => (502, "upstream_closed", Upstream),

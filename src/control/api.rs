@@ -39,6 +39,8 @@ const MAX_OF_ONE_PEER: usize = 16;
 /// A connection to the ops port in all, whatever is done on it. Scrapers and probes open new ones.
 const OPS_CONNECTION: Duration = Duration::from_secs(10);
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// For the body of an order, which is small.
+const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// `POST /swap`.
 #[derive(Debug, Serialize, Deserialize)]
@@ -92,7 +94,18 @@ pub async fn serve_admin(control: Arc<Control>, listener: UnixListener) {
         let Ok(permit) = permits.clone().acquire_owned().await else { return };
         match listener.accept().await {
             Ok((stream, _)) => {
-                let by = stream.peer_cred().map_or_else(|_| "unknown".to_owned(), |c| format!("uid {}", c.uid()));
+                // The mode says so already; a folder that others may write to, or a mode that somebody has changed, does not.
+                let by = match stream.peer_cred() {
+                    Ok(peer) if may_order(peer.uid()) => format!("uid {}", peer.uid()),
+                    Ok(peer) => {
+                        tracing::warn!(uid = peer.uid(), "refused on the admin socket: neither root nor this process's user");
+                        continue;
+                    }
+                    Err(error) => {
+                        tracing::warn!(%error, "refused on the admin socket: its peer cannot be told");
+                        continue;
+                    }
+                };
                 let control = control.clone();
                 tokio::task::spawn_local(async move {
                     serve(stream, |request| admin(control.clone(), by.clone(), request)).await;
@@ -105,6 +118,10 @@ pub async fn serve_admin(control: Arc<Control>, listener: UnixListener) {
             }
         }
     }
+}
+
+fn may_order(uid: u32) -> bool {
+    uid == 0 || uid == rustix::process::geteuid().as_raw()
 }
 
 /// Serves the ops port until its task is dropped.
@@ -223,9 +240,13 @@ fn vote(control: &Control, query: &str) -> Answer {
 
 async fn admin(control: Arc<Control>, by: String, request: Request<Incoming>) -> Answer {
     let (parts, body) = request.into_parts();
-    let body = match Limited::new(body, MAX_BODY).collect().await {
-        Ok(body) => body.to_bytes(),
-        Err(error) => return json(StatusCode::BAD_REQUEST, &Outcome::new(false, error.to_string())),
+    let body = match tokio::time::timeout(BODY_TIMEOUT, Limited::new(body, MAX_BODY).collect()).await {
+        Ok(Ok(body)) => body.to_bytes(),
+        Err(_) => {
+            let why = format!("the order has not come whole in {BODY_TIMEOUT:?}");
+            return json(StatusCode::REQUEST_TIMEOUT, &Outcome::new(false, why));
+        }
+        Ok(Err(error)) => return json(StatusCode::BAD_REQUEST, &Outcome::new(false, error.to_string())),
     };
     let outcome = match (parts.method, parts.uri.path()) {
         (Method::GET, "/status") => return json(StatusCode::OK, &status::status(&control)),

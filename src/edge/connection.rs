@@ -40,6 +40,9 @@ use crate::{
 const MAX_STREAMS: u32 = 128;
 const H2_PING_EVERY: Duration = Duration::from_secs(20);
 const H2_PING_TIMEOUT: Duration = Duration::from_secs(20);
+/// So many requests of an HTTP/2 connection, and more than half of all, may be taken back before there is an answer.
+const MAX_TAKEN_BACK: u64 = 100;
+const TAKEN_BACK: &str = "it takes its requests back again and again";
 /// hyper's floor for its read buffer.
 const MIN_BUFFER: usize = 8 * 1024;
 const MAX_HEADERS: usize = 256;
@@ -127,23 +130,33 @@ where
     let service = {
         let (context, settings, progress, streams) = (context.clone(), settings.clone(), progress.clone(), streams.clone());
         Rc::new(hyper::service::service_fn(move |request: Request<Incoming>| {
-            let started = Started::new(progress.clone(), !request.body().is_end_stream());
+            let mut started = Started::new(progress.clone(), !request.body().is_end_stream());
             // HTTP/1 has one answer at a time: the connection's own look at the socket is enough.
             let stall = progress.multiplexed.get().then(Rc::<Stall>::default);
             if let Some(stall) = &stall {
                 streams.begin(stall);
             }
             let version = request.version();
+            if version == Version::HTTP_11 && request.headers().contains_key(header::UPGRADE) {
+                progress.upgrade_asked.set(true);
+            }
+            let asked = version == Version::HTTP_11 && progress.upgrade_asked.get();
             let last = settings.listen.max_requests_per_connection.is_some_and(|max| progress.served.get() >= max);
             let context = context.clone();
             // On the heap from the beginning: hyper would copy it, and keep room for it in each idle connection.
             let answered = Box::pin(service.clone().call(request));
             async move {
                 let mut response = answered.await?;
+                started.answered = true;
                 if version < Version::HTTP_2 && (last || context.phase.get().is_leaving()) {
                     response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
                 }
-                Ok::<_, Infallible>(response.map(|inner| CountedBody { inner, rest: None, given: 0, stall, _started: started }))
+                let held = asked && !response.body().is_end_stream();
+                if held {
+                    // Its end is to be told by itself, once everything before it has been delivered.
+                    response.headers_mut().remove(header::CONTENT_LENGTH);
+                }
+                Ok::<_, Infallible>(response.map(|inner| CountedBody { inner, rest: None, given: 0, stall, held, started }))
             }
         }))
     };
@@ -204,6 +217,7 @@ impl Way<'_> {
                     let parts = connection.into_parts();
                     io = parts.io.into_inner();
                     io.take_back(parts.read_buf);
+                    progress.upgrade_asked.set(false);
                 }
                 Err(end) => return finish(context, peer, progress, end, connection.into_parts().io.into_inner()).await,
             }
@@ -240,6 +254,9 @@ impl Way<'_> {
                 .under_deadlines(|cx| {
                     progress.leaving.set(context.phase.get() >= Phase::Draining);
                     let worn = listen.max_requests_per_connection.is_some_and(|max| progress.served.get() >= max);
+                    if takes_back(progress) {
+                        return Poll::Ready(Err(TAKEN_BACK.into()));
+                    }
                     if !leaving.get() && (worn || context.phase.get() >= Phase::Draining) {
                         leaving.set(true);
                         connection.as_mut().graceful_shutdown();
@@ -257,10 +274,32 @@ impl Way<'_> {
                     connection.as_mut().graceful_shutdown();
                     progress.since.set(Instant::now());
                 }
-                Ok(Err(error)) => return tracing::debug!(peer = %peer.remote, %error, "HTTP/2 connection ended"),
+                Ok(Err(_)) if takes_back(progress) => {
+                    let detail = format!("{} of {} requests", progress.taken_back.get(), progress.served.get());
+                    return (context.refused)(peer, &Error::new(Kind::TakenBack, detail));
+                }
+                Ok(Err(error)) => return ended(context, peer, &*error),
                 _ => return,
             }
         }
+    }
+}
+
+/// Each of them may cost a run of PHP, which its worker does not give up (CVE-2023-44487, CVE-2025-8671). A browser whose user moves on takes back a few.
+fn takes_back(progress: &Progress) -> bool {
+    let taken_back = progress.taken_back.get();
+    taken_back > MAX_TAKEN_BACK && taken_back * 2 > progress.served.get()
+}
+
+/// What h2 has refused by itself is said and counted; a client that has gone is not.
+fn ended(context: &Shared, peer: &Peer, error: &(dyn std::error::Error + 'static)) {
+    let mut causes = std::iter::successors(Some(error), |error| error.source());
+    let gone = causes
+        .any(|cause| cause.is::<std::io::Error>() || cause.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_closed));
+    let why = std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string).collect::<Vec<_>>().join(": ");
+    match gone {
+        true => tracing::debug!(peer = %peer.remote, error = why, "HTTP/2 connection ended"),
+        false => (context.refused)(peer, &Error::new(Kind::BadRequest, why)),
     }
 }
 
@@ -434,7 +473,10 @@ fn refused_by_hyper(context: &Shared, peer: &Peer, error: &hyper::Error) {
 }
 
 /// From the call of the service to the end of the answer's body.
-struct Started(Rc<Progress>);
+struct Started {
+    progress: Rc<Progress>,
+    answered: bool,
+}
 
 impl Started {
     fn new(progress: Rc<Progress>, has_body: bool) -> Self {
@@ -442,19 +484,23 @@ impl Started {
         progress.served.set(progress.served.get() + 1);
         progress.linger.set(has_body);
         progress.stage.set(Stage::Busy);
-        Started(progress)
+        Started { progress, answered: false }
     }
 }
 
 impl Drop for Started {
     fn drop(&mut self) {
-        let left = self.0.in_flight.get().saturating_sub(1);
-        self.0.in_flight.set(left);
+        let progress = &self.progress;
+        let left = progress.in_flight.get().saturating_sub(1);
+        progress.in_flight.set(left);
+        if !self.answered {
+            progress.taken_back.set(progress.taken_back.get() + 1);
+        }
         if left == 0 {
-            self.0.enter(Stage::Idle);
+            progress.enter(Stage::Idle);
             // The connection future looks at its deadlines when it is next polled; an HTTP/2 one may not be.
-            if self.0.multiplexed.get() {
-                self.0.wake();
+            if progress.multiplexed.get() {
+                progress.wake();
             }
         }
     }
@@ -469,7 +515,9 @@ pin_project_lite::pin_project! {
         rest: Option<Bytes>,
         given: usize,
         stall: Option<Rc<Stall>>,
-        _started: Started,
+        // No end before `Progress::delivered`.
+        held: bool,
+        started: Started,
     }
 }
 
@@ -479,7 +527,12 @@ impl<B: Body<Data = Bytes>> Body for CountedBody<B> {
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
         let this = self.project();
-        let Some(stall) = this.stall else { return this.inner.poll_frame(cx) };
+        let Some(stall) = this.stall else {
+            let frame = this.inner.poll_frame(cx);
+            // hyper flushes behind this, and comes back.
+            let is_early = *this.held && !this.started.progress.delivered.get();
+            return if is_early && matches!(frame, Poll::Ready(None)) { Poll::Pending } else { frame };
+        };
         // Being asked means that the client has taken what came before.
         stall.took(std::mem::take(this.given));
         let mut frame = match this.rest.take() {
@@ -503,10 +556,13 @@ impl<B: Body<Data = Bytes>> Body for CountedBody<B> {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.rest.is_none() && self.inner.is_end_stream()
+        !self.held && self.rest.is_none() && self.inner.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
+        if self.held {
+            return SizeHint::default();
+        }
         let mut hint = self.inner.size_hint();
         if let Some(rest) = &self.rest {
             let rest = rest.len() as u64;

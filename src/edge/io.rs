@@ -53,11 +53,17 @@ pub struct Progress {
     pub stage: Cell<Stage>,
     pub since: Cell<Instant>,
     pub in_flight: Cell<usize>,
+    /// Requests that their client has taken back before their answer was whole.
+    pub taken_back: Cell<u64>,
     pub served: Cell<u64>,
     /// HTTP/2 has no stages: its head deadline is h2's own.
     pub multiplexed: Cell<bool>,
     /// Idle, it may be parked.
     pub may_park: Cell<bool>,
+    /// A request has asked for another protocol. hyper then ends a connection without sending what its socket has not taken yet: so no answer ends before that.
+    pub upgrade_asked: Cell<bool>,
+    /// All that hyper has handed over is with the client; only known where `upgrade_asked`.
+    pub delivered: Cell<bool>,
     /// The last request had a body, or could not be parsed: there may be unread bytes at the end.
     pub linger: Cell<bool>,
     /// The process is about to end: its connections close only when the client has all that was sent to it.
@@ -79,9 +85,12 @@ impl Progress {
             stage: Cell::new(Stage::Idle),
             since: Cell::new(Instant::now()),
             in_flight: Cell::new(0),
+            taken_back: Cell::new(0),
             served: Cell::new(0),
             multiplexed: Cell::new(false),
             may_park: Cell::new(false),
+            upgrade_asked: Cell::new(false),
+            delivered: Cell::new(false),
             linger: Cell::new(false),
             leaving: Cell::new(false),
             line_bytes: Cell::new(Some(0)),
@@ -112,21 +121,19 @@ impl Progress {
         }
         if self.stage.get() == Stage::Idle {
             self.enter(Stage::Head);
+            // Where it is refused before it is a request, more of it may be on its way.
+            self.linger.set(true);
         }
         if self.stage.get() == Stage::Head
             && let Some(before) = self.line_bytes.get()
         {
-            match memchr::memchr(b'\n', bytes) {
-                // Empty lines before a request are allowed (RFC 9112, section 2.2).
-                Some(end) if before + end > 1 => {
-                    self.line_too_long.set(before + end > self.max_line_bytes);
-                    self.line_bytes.set(None);
-                }
-                _ => {
-                    self.line_bytes.set(Some(before + bytes.len()));
-                    self.line_too_long.set(before + bytes.len() > self.max_line_bytes);
-                }
-            }
+            let empty = if before == 0 { bytes.iter().take_while(|byte| matches!(byte, b'\r' | b'\n')).count() } else { 0 };
+            // Empty lines before a request are allowed (RFC 9112, section 2.2).
+            let line = &bytes[empty..];
+            let end = memchr::memchr(b'\n', line);
+            let length = before + end.unwrap_or(line.len());
+            self.line_too_long.set(length > self.max_line_bytes);
+            self.line_bytes.set(end.is_none().then_some(length));
         }
     }
 
@@ -240,6 +247,8 @@ pub struct Io {
     prefix: Bytes,
     progress: Rc<Progress>,
     lingering: Option<Lingering>,
+    /// When to ask again, and what was left the last time.
+    delivering: Option<(Pin<Box<Sleep>>, usize)>,
 }
 
 #[derive(Debug)]
@@ -252,7 +261,7 @@ struct Lingering {
 
 impl Io {
     pub fn new(stream: Stream, progress: Rc<Progress>) -> Self {
-        Io { stream, prefix: Bytes::new(), progress, lingering: None }
+        Io { stream, prefix: Bytes::new(), progress, lingering: None, delivering: None }
     }
 
     pub fn unread(&mut self, prefix: Bytes) {
@@ -312,6 +321,30 @@ impl Io {
         Poll::Ready(())
     }
 
+    /// Until the client has acknowledged everything. The kernel does not say when: it is asked again and again, and a client that takes nothing is
+    /// the affair of `stall_timeout`.
+    fn poll_delivered(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        loop {
+            let left = unacked(self.stream.tcp());
+            if left == 0 {
+                break;
+            }
+            let (timer, before) = self.delivering.get_or_insert_with(|| (Box::pin(tokio::time::sleep(ASK_EVERY)), left));
+            self.progress.stall.blocked();
+            if left < *before {
+                self.progress.stall.took(*before - left);
+            }
+            *before = left;
+            if timer.is_elapsed() {
+                timer.as_mut().reset(Instant::now() + ASK_EVERY);
+            }
+            ready!(timer.as_mut().poll(cx));
+        }
+        self.progress.stall.over();
+        self.delivering = None;
+        Poll::Ready(())
+    }
+
     /// The bound for a lingering close.
     pub const LINGER: Duration = LINGER_TIME;
 }
@@ -337,10 +370,12 @@ impl AsyncRead for Io {
 
 impl AsyncWrite for Io {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.progress.delivered.set(false);
         either!(&mut self.stream, inner => inner.poll_write(cx, buf))
     }
 
     fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        self.progress.delivered.set(false);
         either!(&mut self.stream, inner => inner.poll_write_vectored(cx, bufs))
     }
 
@@ -349,7 +384,12 @@ impl AsyncWrite for Io {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        either!(&mut self.stream, inner => inner.poll_flush(cx))
+        ready!(either!(&mut self.stream, inner => inner.poll_flush(cx)))?;
+        if self.progress.upgrade_asked.get() && !self.progress.delivered.get() {
+            ready!(self.poll_delivered(cx));
+            self.progress.delivered.set(true);
+        }
+        Poll::Ready(Ok(()))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -23,7 +23,7 @@ use tokio::{
     time::Instant,
 };
 
-use crate::{lifecycle::drain::Open, model::Peer};
+use crate::{lifecycle::drain::Open, model::Peer, telemetry::seldom::Seldom};
 
 const BACKLOG: i32 = 4096;
 /// After an error that only time mends (no file descriptors).
@@ -171,7 +171,13 @@ pub enum Command {
 
 /// Runs on the thread that accepts, until the channel of commands closes.
 pub async fn accept(mut commands: mpsc::Receiver<Command>, counts: Arc<Counts>, caps: Caps, sink: Sink) {
-    let shared = Rc::new(Acceptor { counts, caps: std::cell::RefCell::new(caps), sink });
+    let shared = Rc::new(Acceptor {
+        counts,
+        caps: std::cell::RefCell::new(caps),
+        sink,
+        failures: Seldom::default(),
+        refusals: Seldom::default(),
+    });
     let mut running: BTreeMap<SocketAddr, (oneshot::Sender<()>, tokio::task::JoinHandle<()>)> = BTreeMap::new();
     while let Some(command) = commands.recv().await {
         match command {
@@ -203,6 +209,8 @@ pub async fn accept(mut commands: mpsc::Receiver<Command>, counts: Arc<Counts>, 
 struct Acceptor {
     counts: Arc<Counts>,
     caps: std::cell::RefCell<Caps>,
+    failures: Seldom,
+    refusals: Seldom,
     sink: Sink,
 }
 
@@ -238,7 +246,9 @@ impl Acceptor {
             Ok((stream, remote)) => self.hand_over(stream, remote, address).await,
             Err(error) if is_of_one_connection(&error) => {}
             Err(error) => {
-                tracing::error!(%address, %error, "accept failed; trying again");
+                if let Some(unsaid) = self.failures.may_say() {
+                    tracing::error!(%address, %error, unsaid, "accept failed; trying again");
+                }
                 tokio::time::sleep(BACK_OFF).await;
             }
         }
@@ -246,7 +256,9 @@ impl Acceptor {
 
     async fn hand_over(&self, stream: TcpStream, remote: SocketAddr, address: SocketAddr) {
         let Some(permit) = self.counts.take(remote.ip().to_canonical(), &self.caps.borrow()) else {
-            tracing::info!(peer = %remote, "max_connections_per_address reached; connection closed");
+            if let Some(unsaid) = self.refusals.may_say() {
+                tracing::info!(peer = %remote, unsaid, "max_connections_per_address reached; connection closed");
+            }
             return;
         };
         let Ok(local) = stream.local_addr() else { return };

@@ -5,7 +5,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
-use tokio::{io::AsyncReadExt, net::TcpStream};
+use tokio::io::{AsyncRead, AsyncReadExt};
 
 const SIGNATURE: &[u8; 12] = b"\r\n\r\n\0\r\nQUIT\n";
 /// Of version 1, with its line break.
@@ -24,7 +24,7 @@ fn malformed(what: &str) -> io::Error {
 ///
 /// # Errors
 /// What was read is no header: the connection is to be closed without an answer.
-pub async fn read(stream: &mut TcpStream) -> io::Result<Ends> {
+pub async fn read<S: AsyncRead + Unpin>(stream: &mut S) -> io::Result<Ends> {
     // The shortest line of version 1 is longer than that.
     let mut start = [0; 12];
     stream.read_exact(&mut start).await?;
@@ -68,7 +68,7 @@ fn version_1(line: &[u8]) -> io::Result<Ends> {
     Ok(Some(((address(source)?, port(source_port)?).into(), (address(destination)?, port(destination_port)?).into())))
 }
 
-async fn version_2(stream: &mut TcpStream) -> io::Result<Ends> {
+async fn version_2<S: AsyncRead + Unpin>(stream: &mut S) -> io::Result<Ends> {
     let mut head = [0; 4];
     stream.read_exact(&mut head).await?;
     let [version_and_command, family, high, low] = head;
@@ -107,7 +107,7 @@ fn addresses(family: u8, block: &[u8]) -> io::Result<Ends> {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use tokio::io::AsyncWriteExt;
+    use tokio::{io::AsyncWriteExt, net::TcpStream};
 
     use super::*;
 

@@ -108,7 +108,8 @@ impl Conn {
         let stream = match tokio::time::timeout(limit, connecting).await {
             Ok(Ok(stream)) => stream,
             Ok(Err(error)) => {
-                return Err(Error::new(Kind::ConnectFailed, format!("connect to {address}: {error}")).retry(Retry::Free));
+                let (kind, retry) = whose_failure(&error);
+                return Err(Error::new(kind, format!("connect to {address}: {error}")).retry(retry));
             }
             Err(_) => {
                 return Err(
@@ -142,6 +143,16 @@ impl Conn {
             Stream::Unix(s) => socket2::SockRef::from(s).peek(&mut byte),
         };
         self.input.is_empty() && matches!(peeked, Err(e) if e.kind() == io::ErrorKind::WouldBlock)
+    }
+}
+
+/// The peer's, unless this machine has used up what a connection takes. Ports are counted for each address, so another endpoint may do.
+fn whose_failure(error: &io::Error) -> (Kind, Retry) {
+    use rustix::io::Errno;
+    match error.raw_os_error().map(Errno::from_raw_os_error) {
+        Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => (Kind::LocalLimit, Retry::Never),
+        Some(Errno::ADDRNOTAVAIL) => (Kind::LocalLimit, Retry::Free),
+        _ => (Kind::ConnectFailed, Retry::Free),
     }
 }
 
@@ -197,6 +208,8 @@ pub struct Exchange {
     read_size: usize,
     wrote: bool,
     read: bool,
+    /// END_REQUEST has come, or nothing more can.
+    over: bool,
     /// A write failed; what FPM may have answered before is still read.
     write_error: Option<io::Error>,
 }
@@ -215,6 +228,7 @@ impl Exchange {
             read_size: READ_BYTES,
             wrote: false,
             read: false,
+            over: false,
             write_error: None,
         }
     }
@@ -246,6 +260,7 @@ impl Exchange {
             }
             match ready!(self.poll_fill(cx)) {
                 Ok(0) => {
+                    self.over = true;
                     let detail = match &self.write_error {
                         Some(error) => format!("writing the request: {error}"),
                         None if self.read => "closed in the middle of its answer".to_owned(),
@@ -254,7 +269,10 @@ impl Exchange {
                     return Poll::Ready(Err(self.fail(Kind::UpstreamClosed, detail)));
                 }
                 Ok(_) => self.read = true,
-                Err(error) => return Poll::Ready(Err(self.fail(Kind::UpstreamClosed, format!("reading the answer: {error}")))),
+                Err(error) => {
+                    self.over = true;
+                    return Poll::Ready(Err(self.fail(Kind::UpstreamClosed, format!("reading the answer: {error}"))));
+                }
             }
         }
     }
@@ -264,6 +282,7 @@ impl Exchange {
     }
 
     fn on_frame(&mut self, frame: Frame) -> Result<Event, Error> {
+        self.over = matches!(frame, Frame::End { .. });
         match frame {
             Frame::Stdout(bytes) => Ok(Event::Stdout(bytes)),
             Frame::Stderr(bytes) => Ok(Event::Stderr(bytes)),
@@ -287,6 +306,11 @@ impl Exchange {
         }
     }
 
+    /// Whether FPM may still be at work on it: then its worker is busy, whatever became of the request.
+    pub fn may_go_on(&self) -> bool {
+        self.wrote && !self.over && self.state != State::Failed
+    }
+
     /// Whether the whole request has been handed to the kernel.
     pub fn is_sent(&self) -> bool {
         self.state != State::Sending
@@ -302,7 +326,10 @@ impl Exchange {
     }
 
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        self.conn.input.reserve(self.read_size);
+        // What is left of the buffer first: an answer in many small records would hold one for each of them, most of it empty.
+        if self.conn.input.capacity() - self.conn.input.len() < self.read_size / 2 {
+            self.conn.input.reserve(self.read_size);
+        }
         let n = ready!(poll_read_into(&mut self.conn.stream, &mut self.conn.input, cx))?;
         if n >= self.read_size {
             self.read_size = READ_BYTES_LARGE;

@@ -9,12 +9,15 @@ use std::{
     time::Duration,
 };
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use http_body::Body;
 use http_body_util::BodyExt;
 use tokio::{task::JoinHandle, time::Instant};
 
-use super::spill::{Buffers, Share, SpillFile};
+use super::{
+    pieces::Pieces,
+    spill::{Buffers, READ_BYTES, Share, SpillFile},
+};
 use crate::{
     error::{Error, Kind},
     fastcgi::{
@@ -48,7 +51,7 @@ impl Buffered {
     pub fn length(&self) -> Option<u64> {
         match self {
             Buffered::None => None,
-            Buffered::Memory(pieces, _) => Some(pieces.bytes as u64),
+            Buffered::Memory(pieces, _) => Some(pieces.bytes() as u64),
             Buffered::Spilled { length, .. } => Some(*length),
         }
     }
@@ -57,7 +60,7 @@ impl Buffered {
     pub fn stdin(&self, buffers: &Buffers) -> Stdin {
         match self {
             Buffered::None => Stdin::Done,
-            Buffered::Memory(pieces, _) => Stdin::Memory(pieces.all.iter().cloned().collect()),
+            Buffered::Memory(pieces, _) => Stdin::Memory(pieces.iter().cloned().collect()),
             Buffered::Spilled { file, length, .. } => Stdin::Source(Box::new(SpillSource {
                 file: file.clone(),
                 pool: buffers.pool.clone(),
@@ -85,7 +88,7 @@ where
     }
     let started = Instant::now();
     let mut memory = buffers.memory.share();
-    let mut held = Pieces::default();
+    let mut held = Pieces::with_small(SMALL_PIECE);
     let mut spill: Option<(SpillFile, u64, Share)> = None;
     let mut total = 0u64;
     loop {
@@ -112,25 +115,25 @@ where
             return Err(Error::new(Kind::BufferFull, "buffer.total is used up".to_owned()));
         }
         held.push(data);
-        if held.bytes > limits.memory {
+        if held.bytes() > limits.memory {
             let (file, written, disk) = match &mut spill {
                 Some(spill) => spill,
                 None => {
-                    let file = SpillFile::create(&buffers.pool, limits.dir.clone())
+                    let file = SpillFile::create(buffers, limits.dir.clone())
                         .await
                         .map_err(|e| Error::new(Kind::DiskFull, format!("creating a file in buffer.dir: {e}")))?;
                     spill.insert((file, 0, buffers.disk.share()))
                 }
             };
-            let full = std::mem::take(&mut held).whole();
-            if !disk.grow(full.bytes) {
+            let full = std::mem::replace(&mut held, Pieces::with_small(SMALL_PIECE)).whole();
+            if !disk.grow(full.bytes()) {
                 return Err(Error::new(Kind::DiskFull, "buffer.disk is used up".to_owned()));
             }
-            file.write(&buffers.pool, full.all, *written)
+            file.write(&buffers.pool, full.iter().cloned().collect(), *written)
                 .await
                 .map_err(|e| Error::new(Kind::DiskFull, format!("writing to buffer.dir: {e}")))?;
-            *written += full.bytes as u64;
-            memory.shrink(full.bytes);
+            *written += full.bytes() as u64;
+            memory.shrink(full.bytes());
         }
     }
     if declared.is_some_and(|n| n != total) {
@@ -138,11 +141,11 @@ where
     }
     let held = held.whole();
     if let Some((file, written, mut disk)) = spill {
-        if held.bytes > 0 {
-            if !disk.grow(held.bytes) {
+        if !held.is_empty() {
+            if !disk.grow(held.bytes()) {
                 return Err(Error::new(Kind::DiskFull, "buffer.disk is used up".to_owned()));
             }
-            file.write(&buffers.pool, held.all, written)
+            file.write(&buffers.pool, held.iter().cloned().collect(), written)
                 .await
                 .map_err(|e| Error::new(Kind::DiskFull, format!("writing to buffer.dir: {e}")))?;
         }
@@ -151,56 +154,8 @@ where
     Ok(Buffered::Memory(held, memory))
 }
 
-/// Pieces up to this size are copied together: each kept by itself would hold the buffer that it was read into, which is larger.
+/// Pieces up to this size are copied together: hyper reads into buffers that are larger.
 const SMALL_PIECE: usize = 16 * 1024;
-
-/// A body in memory as it came.
-#[derive(Debug, Default)]
-pub struct Pieces {
-    pub all: Vec<Bytes>,
-    pub bytes: usize,
-    /// Of the small ones that came last.
-    tail: BytesMut,
-}
-
-impl Pieces {
-    fn push(&mut self, piece: Bytes) {
-        self.bytes += piece.len();
-        if piece.len() <= SMALL_PIECE {
-            self.tail.extend_from_slice(&piece);
-        }
-        if piece.len() > SMALL_PIECE || self.tail.len() > record::MAX_CONTENT {
-            self.end_tail();
-        }
-        if piece.len() > SMALL_PIECE {
-            self.all.push(piece);
-        }
-    }
-
-    fn end_tail(&mut self) {
-        if !self.tail.is_empty() {
-            self.all.push(self.tail.split().freeze());
-        }
-    }
-
-    /// Nothing more comes.
-    fn whole(mut self) -> Self {
-        self.end_tail();
-        self
-    }
-}
-
-/// One piece as it is; several copied together.
-pub fn join(mut pieces: Vec<Bytes>, bytes: usize) -> Bytes {
-    if pieces.len() == 1 {
-        return pieces.pop().unwrap_or_default();
-    }
-    let mut whole = BytesMut::with_capacity(bytes);
-    for piece in pieces {
-        whole.extend_from_slice(&piece);
-    }
-    whole.freeze()
-}
 
 /// Reads a spilled body back, a piece at a time.
 struct SpillSource {
@@ -226,7 +181,7 @@ impl StdinSource for SpillSource {
             } else if self.offset == self.length {
                 return Poll::Ready(Ok(None));
             } else {
-                self.reading = Some(self.file.read(&self.pool, self.offset, self.length));
+                self.reading = Some(self.file.read(&self.pool, self.offset, self.length, READ_BYTES));
             }
         }
     }
@@ -239,7 +194,12 @@ mod tests {
     use http_body_util::{Full, StreamBody};
 
     fn buffers(memory: u64, disk: u64) -> Buffers {
-        Buffers { memory: Budget::new(memory), disk: Budget::new(disk), pool: tokio::runtime::Handle::current() }
+        Buffers {
+            memory: Budget::new(memory),
+            disk: Budget::new(disk),
+            files: Budget::new(9),
+            pool: tokio::runtime::Handle::current(),
+        }
     }
 
     fn limits(body: u64, memory: usize) -> Limits {
@@ -278,15 +238,15 @@ mod tests {
     #[test]
     fn small_pieces_are_copied_together_and_large_ones_are_not_in_the_order_in_which_they_came() {
         let large = Bytes::from(vec![b'L'; SMALL_PIECE + 1]);
-        let mut pieces = Pieces::default();
+        let mut pieces = Pieces::with_small(SMALL_PIECE);
         let small = (0..100_000u32).map(|n| Bytes::from(vec![(n % 251) as u8]));
         let all: Vec<Bytes> = small.clone().chain([large.clone()]).chain(small).chain([large.clone(), large.clone()]).collect();
         all.iter().cloned().for_each(|piece| pieces.push(piece));
         let pieces = pieces.whole();
-        assert_eq!(pieces.bytes, all.iter().map(Bytes::len).sum::<usize>());
-        assert!(pieces.all.len() <= 7, "{} pieces", pieces.all.len());
-        assert!(pieces.all.iter().any(|piece| piece.as_ptr() == large.as_ptr()), "a large one is not copied");
-        assert_eq!(pieces.all.concat(), all.concat());
+        assert_eq!(pieces.bytes(), all.iter().map(Bytes::len).sum::<usize>());
+        assert!(pieces.iter().count() <= 7, "{} pieces", pieces.iter().count());
+        assert!(pieces.iter().any(|piece| piece.as_ptr() == large.as_ptr()), "a large one is not copied");
+        assert_eq!(pieces.iter().flatten().copied().collect::<Vec<u8>>(), all.concat());
     }
 
     #[tokio::test]

@@ -12,6 +12,7 @@ use super::{
     answer::{AsItComes, Content},
     body::{self, Buffered},
     inflight::Record,
+    pieces::Pieces,
     pipe::{self, Outcome, Plan},
     stack::Worker,
     variables::cookie,
@@ -40,6 +41,12 @@ const TOGETHER: usize = 8;
 
 /// A body up to this size is sent in one write with the parameters.
 const SMALL_BODY: usize = 16 * 1024;
+
+/// Answers up to this size are not counted against `buffer.total`: connections and their streams bound those.
+const UNCOUNTED: usize = 16 * 1024;
+
+/// Pieces of an answer up to this size are copied together: a script may write byte by byte.
+const SMALL_PIECE: usize = 1024;
 
 /// Everything about a request that PHP is to answer.
 pub struct Php<'a> {
@@ -243,6 +250,19 @@ impl Guard<'_> {
             reap(self.dispatcher, exchange, ticket, self.record, self.limit, end);
         }
     }
+
+    /// While FPM may still work on it, its worker is busy and the slot is taken. Else the connection is closed before the slot is given back, and the set is held
+    /// until it is known whether the request goes on elsewhere.
+    fn fail(&mut self, error: Error) -> Failed {
+        if self.held.as_ref().is_some_and(|(exchange, _)| exchange.may_go_on()) {
+            self.reap(End::Failed);
+        }
+        let hold = self.held.take().map(|(exchange, ticket)| {
+            drop(exchange);
+            ticket.upstream
+        });
+        Failed { error, hold }
+    }
 }
 
 impl Drop for Guard<'_> {
@@ -318,19 +338,7 @@ async fn attempt(
         };
         match reading.await {
             Ok(head) => head,
-            Err(error) if error.kind == Kind::ReadTimeout => {
-                // The worker of FPM is still busy with it: so is the slot.
-                guard.reap(End::Failed);
-                return Err(Failed { error, hold: None });
-            }
-            Err(error) => {
-                // The connection is closed before its slot is given back.
-                let hold = guard.held.take().map(|(exchange, ticket)| {
-                    drop(exchange);
-                    ticket.upstream
-                });
-                return Err(Failed { error, hold });
-            }
+            Err(error) => return Err(guard.fail(error)),
         }
     };
     let Some((mut exchange, ticket)) = guard.held.take() else {
@@ -338,21 +346,22 @@ async fn attempt(
     };
     let bodiless = php.parts.method == Method::HEAD || matches!(head.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
 
-    let mut pieces = rest;
+    let mut pieces = Pieces::with_small(SMALL_PIECE);
+    pieces.push_first(rest);
     match take_ready(&mut exchange, &mut pieces, php.settings.buffer.memory, &mut log).await {
         Some(Err(error)) => {
-            drop(exchange);
-            Err(Failed::with(ticket, error))
+            guard.held = Some((exchange, ticket));
+            Err(guard.fail(error))
         }
         Some(Ok(())) => {
-            let bytes: usize = pieces.iter().map(Bytes::len).sum();
+            let bytes = pieces.bytes();
             worker.dispatcher.finish(ticket, exchange.into_conn());
             php.record.undispatched();
             // Applications tell the length of the file that is to be sent instead.
             if bodiless || accel::is_in(&head.headers) {
                 return Ok(respond(head, Content::Empty, bodiless));
             }
-            let mut body = body::join(pieces, bytes);
+            let mut body = pieces.join();
             match head.content_length {
                 Some(told) if told > bytes as u64 => {
                     let error = Error::new(Kind::UpstreamHeaders, format!("Content-Length {told}, but {bytes} bytes of body"));
@@ -364,6 +373,20 @@ async fn attempt(
                     body.truncate(usize::try_from(told).unwrap_or(bytes));
                 }
                 _ => {}
+            }
+            if body.len() > UNCOUNTED {
+                // It has been run, so it is not refused for want of memory alone.
+                body = match worker.buffers.memory.counted(body) {
+                    Ok(counted) => counted,
+                    Err(body) => {
+                        let dir = php.settings.buffer.dir.clone();
+                        let spilt = Box::pin(pipe::spilt(body, &worker.buffers, dir)).await.map_err(|error| {
+                            let detail = format!("an answer of {bytes} bytes has no place: buffer.total is used up; {error}");
+                            Failed { error: Error::new(Kind::BufferFull, detail), hold: None }
+                        })?;
+                        return Ok(respond(head, Content::Pipe(spilt), bodiless));
+                    }
+                };
             }
             Ok(respond(head, Content::Whole(Some(body)), bodiless))
         }
@@ -380,12 +403,16 @@ async fn attempt(
                 let unbuffered = plan.unbuffered;
                 match pump.run(exchange, plan, |bytes| log.push(&bytes)).await {
                     Outcome::Whole(exchange) => worker.dispatcher.finish(ticket, exchange.into_conn()),
-                    Outcome::Failed(error) => {
+                    Outcome::Failed(exchange, error) => {
                         tracing::warn!(
                             id = record.id.as_str(), endpoint = %ticket.endpoint().address, cause = error.kind.cause(),
                             detail = error.detail, "the answer ended early"
                         );
                         record.cause.set(Some(error.kind));
+                        // Its worker works on, and its slot is taken as long.
+                        if exchange.may_go_on() {
+                            reap(&worker.dispatcher, exchange, ticket, &record, read_timeout, End::Failed);
+                        }
                     }
                     // Only a failed write ends an endless script.
                     Outcome::ClientLeft(exchange) if unbuffered => {
@@ -449,8 +476,8 @@ fn encode(
             record::put_stdin_end(out);
             (Stdin::Done, true)
         }
-        Buffered::Memory(pieces, _) if pieces.bytes <= SMALL_BODY => {
-            pieces.all.iter().for_each(|piece| record::put_stdin(out, piece));
+        Buffered::Memory(pieces, _) if pieces.bytes() <= SMALL_BODY => {
+            pieces.iter().for_each(|piece| record::put_stdin(out, piece));
             record::put_stdin_end(out);
             (Stdin::Done, true)
         }
@@ -459,7 +486,7 @@ fn encode(
 }
 
 /// Reads to the end of PHP's header block; gives what of the body came with it.
-async fn read_head(exchange: &mut Exchange, read_timeout: Duration, log: &mut PhpLog) -> Result<(Head, Vec<Bytes>), Error> {
+async fn read_head(exchange: &mut Exchange, read_timeout: Duration, log: &mut PhpLog) -> Result<(Head, Bytes), Error> {
     let limits = response::Limits::default();
     let mut partial = BytesMut::new();
     loop {
@@ -477,38 +504,30 @@ async fn read_head(exchange: &mut Exchange, read_timeout: Duration, log: &mut Ph
                 return Err(Error::new(Kind::UpstreamHeaders, format!("END_REQUEST after {} bytes of headers", partial.len())));
             }
         };
-        let bytes = if partial.is_empty() {
-            bytes
-        } else {
-            partial.extend_from_slice(&bytes);
-            partial.split().freeze()
-        };
-        match response::parse_head(&bytes, &limits) {
-            Err(error) => return Err(Error::new(Kind::UpstreamHeaders, error.to_string())),
-            Ok(None) => partial.extend_from_slice(&bytes),
-            Ok(Some((head, used))) => {
-                let rest = bytes.slice(used..);
-                return Ok((head, if rest.is_empty() { Vec::new() } else { vec![rest] }));
+        let mut whole = bytes;
+        if !partial.is_empty() {
+            partial.extend_from_slice(&whole);
+            // Looked through again only where a line has ended, of which there are not so many: a head may come byte by byte.
+            if memchr::memchr(b'\n', &whole).is_none() && partial.len() <= limits.max_bytes {
+                continue;
             }
+            whole = partial.split().freeze();
+        }
+        match response::parse_head(&whole, &limits) {
+            Err(error) => return Err(Error::new(Kind::UpstreamHeaders, error.to_string())),
+            // Without a copy: it is its only owner.
+            Ok(None) => partial = whole.into(),
+            Ok(Some((head, used))) => return Ok((head, whole.slice(used..))),
         }
     }
 }
 
 /// What of the answer is there already, up to `memory`. `None`: more is to come.
-async fn take_ready(
-    exchange: &mut Exchange,
-    pieces: &mut Vec<Bytes>,
-    memory: usize,
-    log: &mut PhpLog,
-) -> Option<Result<(), Error>> {
-    let mut bytes: usize = pieces.iter().map(Bytes::len).sum();
+async fn take_ready(exchange: &mut Exchange, pieces: &mut Pieces, memory: usize, log: &mut PhpLog) -> Option<Result<(), Error>> {
     std::future::poll_fn(|cx| {
-        while bytes <= memory {
+        while pieces.bytes() <= memory {
             match exchange.poll_event(cx) {
-                std::task::Poll::Ready(Ok(Event::Stdout(data))) => {
-                    bytes += data.len();
-                    pieces.push(data);
-                }
+                std::task::Poll::Ready(Ok(Event::Stdout(data))) => pieces.push_first(data),
                 std::task::Poll::Ready(Ok(Event::Stderr(data))) => log.push(&data),
                 std::task::Poll::Ready(Ok(Event::End)) => return std::task::Poll::Ready(Some(Ok(()))),
                 std::task::Poll::Ready(Err(error)) => return std::task::Poll::Ready(Some(Err(error))),

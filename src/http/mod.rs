@@ -9,6 +9,7 @@ pub mod forward;
 pub mod inflight;
 pub mod layers;
 pub mod pace;
+pub mod pieces;
 pub mod pipe;
 pub mod preflight;
 pub mod route;

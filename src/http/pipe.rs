@@ -8,7 +8,6 @@
 
 use std::{
     cell::RefCell,
-    collections::VecDeque,
     future::poll_fn,
     io,
     path::PathBuf,
@@ -22,7 +21,10 @@ use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use tokio::{task::JoinHandle, time::Instant};
 
-use super::spill::{Buffers, Share, SpillFile};
+use super::{
+    pieces::Pieces,
+    spill::{Buffers, READ_BYTES, Share, SpillFile},
+};
 use crate::{
     error::{Error, Kind},
     fastcgi::exchange::{Event, Exchange},
@@ -33,6 +35,10 @@ pub const TOO_LONG: &str = "PHP has written more than its Content-Length says; t
 
 /// Written to a spill file at once.
 const BATCH_BYTES: usize = 256 * 1024;
+/// So much of an answer may be in memory beyond the budget: an empty queue always takes a batch, or nothing would go on.
+const BATCH_BYTES_WITHOUT_ROOM: usize = 16 * 1024;
+/// Pieces up to this size are copied together.
+const SMALL_PIECE: usize = 1024;
 /// So long FPM waits for a reader that keeps up before a file is begun, as often as that one has moved, but no longer in all than PATIENCE: a client that
 /// takes the answer as it comes needs no file, and a worker is not held for one that does not.
 const PATIENCE_AT_ONCE: Duration = Duration::from_millis(2);
@@ -53,16 +59,18 @@ pub struct Plan {
 pub enum Outcome {
     /// END_REQUEST came.
     Whole(Exchange),
-    Failed(Error),
+    /// FPM may go on.
+    Failed(Exchange, Error),
     /// The client left; FPM may go on.
     ClientLeft(Exchange),
 }
 
 struct Pipe {
-    queue: VecDeque<Bytes>,
-    queued: usize,
+    queue: Pieces,
     memory: Share,
     spill: Option<Spill>,
+    /// The disk has refused: what memory does not hold waits for the client.
+    no_disk: bool,
     ended: Option<Result<(), String>>,
     reader: Option<Waker>,
     writer: Option<Waker>,
@@ -113,26 +121,48 @@ fn wake(waker: &mut Option<Waker>) {
 }
 
 /// The two ends. `first` is what has been read already.
-pub fn pipe(first: Vec<Bytes>, length: Option<u64>, buffers: &Buffers) -> (Pump, PipeBody) {
+pub fn pipe(first: Pieces, length: Option<u64>, buffers: &Buffers) -> (Pump, PipeBody) {
     let mut pipe = Pipe {
-        queue: VecDeque::new(),
-        queued: 0,
+        queue: first,
         memory: buffers.memory.share(),
         spill: None,
+        no_disk: false,
         ended: None,
         reader: None,
         writer: None,
         reader_gone: false,
     };
-    for bytes in first {
-        pipe.queued += bytes.len();
-        pipe.queue.push_back(bytes);
-    }
     // What has been read is in memory already; beyond the budget the pump waits.
-    let _ = pipe.memory.grow(pipe.queued);
+    let _ = pipe.memory.grow(pipe.queue.bytes());
     let pipe = Rc::new(RefCell::new(pipe));
-    let body = PipeBody { pipe: pipe.clone(), pool: buffers.pool.clone(), reading: None, left: length, told: length.unwrap_or(0) };
+    let body = PipeBody { pipe: pipe.clone(), buffers: buffers.clone(), reading: None, left: length, told: length.unwrap_or(0) };
     (Pump { pipe, buffers: buffers.clone() }, body)
+}
+
+/// An answer that is all here, and for which memory has no room.
+///
+/// # Errors
+/// The disk has none either.
+pub async fn spilt(bytes: Bytes, buffers: &Buffers, dir: PathBuf) -> io::Result<PipeBody> {
+    let length = bytes.len();
+    let mut disk = buffers.disk.share();
+    if !disk.grow(length) {
+        return Err(io::Error::other("so is buffer.disk"));
+    }
+    let file = SpillFile::create(buffers, dir).await?;
+    file.write(&buffers.pool, vec![bytes], 0).await?;
+    let length = length as u64;
+    let pipe = Pipe {
+        queue: Pieces::default(),
+        memory: buffers.memory.share(),
+        spill: Some(Spill { file, read: 0, written: length, high: length, disk }),
+        no_disk: false,
+        ended: Some(Ok(())),
+        reader: None,
+        writer: None,
+        reader_gone: false,
+    };
+    Ok(PipeBody { pipe: Rc::new(RefCell::new(pipe)), buffers: buffers.clone(), reading: None, left: Some(length), told: length })
 }
 
 /// The end that FPM's answer goes into.
@@ -151,21 +181,18 @@ impl Pump {
                 Err(_) => {
                     let error = Error::new(Kind::ReadTimeout, format!("no byte of the answer in {:?}", plan.read_timeout));
                     self.end(Err(error.to_string()));
-                    return Outcome::Failed(error);
+                    return Outcome::Failed(exchange, error);
                 }
                 Ok(gathered) => gathered,
             };
-            if !batch.is_empty()
-                && let Err(error) = self.deliver(batch, &plan, &mut patience).await
-            {
-                self.end(Err(error.to_string()));
-                return Outcome::Failed(Error::new(Kind::DiskFull, error.to_string()));
+            if !batch.is_empty() {
+                self.deliver(batch, &plan, &mut patience).await;
             }
             match end {
                 None => {}
                 Some(Err(error)) => {
                     self.end(Err(error.to_string()));
-                    return Outcome::Failed(error);
+                    return Outcome::Failed(exchange, error);
                 }
                 Some(Ok(())) => {
                     self.end(Ok(()));
@@ -178,10 +205,11 @@ impl Pump {
         }
     }
 
-    /// What FPM has written since, and how it ended if it did. Returns as soon as there is something, or nobody to read it.
-    async fn gather(&self, exchange: &mut Exchange, on_stderr: &mut impl FnMut(Bytes)) -> (Vec<Bytes>, Option<Result<(), Error>>) {
-        let mut batch = Vec::new();
-        let mut bytes = 0;
+    /// What FPM has written since, and how it ended if it did. Returns as soon as there is a sign of life, or nobody to read it.
+    async fn gather(&self, exchange: &mut Exchange, on_stderr: &mut impl FnMut(Bytes)) -> (Pieces, Option<Result<(), Error>>) {
+        let mut batch = Pieces::with_small(SMALL_PIECE);
+        // Where the budget is used up, what is read is beyond it.
+        let most = if self.buffers.memory.has_room(BATCH_BYTES) { BATCH_BYTES } else { BATCH_BYTES_WITHOUT_ROOM };
         let end = poll_fn(|cx| {
             loop {
                 if self.pipe.borrow().reader_gone {
@@ -189,13 +217,16 @@ impl Pump {
                 }
                 match exchange.poll_event(cx) {
                     Poll::Ready(Ok(Event::Stdout(data))) => {
-                        bytes += data.len();
-                        batch.push(data);
-                        if bytes >= BATCH_BYTES {
+                        batch.push_first(data);
+                        if batch.bytes() >= most {
                             return Poll::Ready(None);
                         }
                     }
-                    Poll::Ready(Ok(Event::Stderr(data))) => on_stderr(data),
+                    // A script that only complains is not silent.
+                    Poll::Ready(Ok(Event::Stderr(data))) => {
+                        on_stderr(data);
+                        return Poll::Ready(None);
+                    }
                     Poll::Ready(Ok(Event::End)) => return Poll::Ready(Some(Ok(()))),
                     Poll::Ready(Err(error)) => return Poll::Ready(Some(Err(error))),
                     Poll::Pending if batch.is_empty() => {
@@ -210,41 +241,51 @@ impl Pump {
         (batch, end)
     }
 
-    /// To memory while there is room, then to the file; where neither has any, at the client's pace.
-    async fn deliver(&self, batch: Vec<Bytes>, plan: &Plan, patience: &mut Duration) -> io::Result<()> {
-        let bytes: usize = batch.iter().map(Bytes::len).sum();
+    /// To memory while there is room, then to the file; where neither has any, at the client's pace: what has begun is not cut for that.
+    async fn deliver(&self, batch: Pieces, plan: &Plan, patience: &mut Duration) {
+        let bytes = batch.bytes();
+        let batch = batch.whole();
         loop {
             match self.place(bytes, plan) {
-                Place::Nowhere => return Ok(()),
+                Place::Nowhere => return,
                 Place::Memory => {
                     let mut pipe = self.pipe.borrow_mut();
-                    pipe.queued += bytes;
-                    pipe.queue.extend(batch);
+                    batch.append_to(&mut pipe.queue);
                     wake(&mut pipe.reader);
-                    return Ok(());
+                    return;
                 }
                 Place::NewFile if !patience.is_zero() => {
                     let began = Instant::now();
                     let moved = tokio::time::timeout(PATIENCE_AT_ONCE.min(*patience), self.reader_moved()).await.is_ok();
                     *patience = if moved { patience.saturating_sub(began.elapsed()) } else { Duration::ZERO };
                 }
-                Place::NewFile => {
-                    let file = SpillFile::create(&self.buffers.pool, plan.dir.clone()).await?;
-                    self.pipe.borrow_mut().spill =
-                        Some(Spill { file, read: 0, written: 0, high: 0, disk: self.buffers.disk.share() });
-                }
+                Place::NewFile => match SpillFile::create(&self.buffers, plan.dir.clone()).await {
+                    Ok(file) => {
+                        self.pipe.borrow_mut().spill =
+                            Some(Spill { file, read: 0, written: 0, high: 0, disk: self.buffers.disk.share() });
+                    }
+                    Err(error) => self.without_disk(plan, &error),
+                },
                 Place::File(file, offset) => {
-                    file.write(&self.buffers.pool, batch, offset).await?;
+                    if let Err(error) = file.write(&self.buffers.pool, batch.iter().cloned().collect(), offset).await {
+                        self.without_disk(plan, &error);
+                        continue;
+                    }
                     let mut pipe = self.pipe.borrow_mut();
                     if let Some(spill) = &mut pipe.spill {
                         spill.written = offset + bytes as u64;
                     }
                     wake(&mut pipe.reader);
-                    return Ok(());
+                    return;
                 }
                 Place::Later => self.reader_moved().await,
             }
         }
+    }
+
+    fn without_disk(&self, plan: &Plan, error: &io::Error) {
+        tracing::warn!(%error, dir = %plan.dir.display(), "buffer.dir takes no more of an answer; it goes on at its client's pace");
+        self.pipe.borrow_mut().no_disk = true;
     }
 
     /// Where `bytes` more can go now; room there is taken by that.
@@ -260,11 +301,11 @@ impl Pump {
         let unread = pipe.spill.as_ref().is_some_and(|s| !s.is_read());
         let room = if plan.unbuffered { UNBUFFERED_BYTES } else { plan.memory };
         // An empty queue always takes a batch: it is the client's next.
-        let fits = pipe.queue.is_empty() || pipe.queued + bytes <= room;
+        let fits = pipe.queue.is_empty() || pipe.queue.bytes() + bytes <= room;
         if !unread && fits && (pipe.memory.grow(bytes) || pipe.queue.is_empty()) {
             return Place::Memory;
         }
-        if plan.unbuffered {
+        if plan.unbuffered || pipe.no_disk {
             return Place::Later;
         }
         match &mut pipe.spill {
@@ -314,7 +355,7 @@ impl Drop for Pump {
 /// The end that hyper reads from. An answer that was cut is an error, never an end.
 pub struct PipeBody {
     pipe: Rc<RefCell<Pipe>>,
-    pool: tokio::runtime::Handle,
+    buffers: Buffers,
     reading: Option<JoinHandle<io::Result<Bytes>>>,
     /// Of a told Content-Length.
     left: Option<u64>,
@@ -346,6 +387,8 @@ impl Body for PipeBody {
             let read = ready!(Pin::new(reading).poll(cx));
             self.reading = None;
             let bytes = read.map_err(io::Error::other)??;
+            // hyper keeps it until the client has taken it.
+            let bytes = self.buffers.memory.counted(bytes).unwrap_or_else(|bytes| bytes);
             {
                 let pipe = &mut *self.pipe.borrow_mut();
                 if let Some(spill) = &mut pipe.spill {
@@ -358,13 +401,15 @@ impl Body for PipeBody {
         let next = {
             let shared = self.pipe.clone();
             let pipe = &mut *shared.borrow_mut();
-            if let Some(bytes) = pipe.queue.pop_front() {
-                pipe.queued -= bytes.len();
+            if let Some(bytes) = pipe.queue.pop() {
                 pipe.memory.shrink(bytes.len());
                 wake(&mut pipe.writer);
-                Some(bytes)
+                // hyper keeps it until the client has taken it.
+                let counts = bytes.len() > BATCH_BYTES_WITHOUT_ROOM;
+                Some(if counts { self.buffers.memory.counted(bytes).unwrap_or_else(|bytes| bytes) } else { bytes })
             } else if let Some(spill) = pipe.spill.as_ref().filter(|s| !s.is_read()) {
-                self.reading = Some(spill.file.read(&self.pool, spill.read, spill.written));
+                let most = if self.buffers.memory.has_room(READ_BYTES) { READ_BYTES } else { BATCH_BYTES_WITHOUT_ROOM };
+                self.reading = Some(spill.file.read(&self.buffers.pool, spill.read, spill.written, most));
                 None
             } else {
                 match &pipe.ended {
@@ -400,7 +445,7 @@ impl Drop for PipeBody {
     fn drop(&mut self) {
         let mut pipe = self.pipe.borrow_mut();
         pipe.reader_gone = true;
-        pipe.queue.clear();
+        pipe.queue = Pieces::default();
         pipe.memory.clear();
         wake(&mut pipe.writer);
     }

@@ -79,6 +79,31 @@ impl Share {
     }
 }
 
+/// Bytes that count against a budget as long as anybody has them: hyper keeps what its client does not take.
+struct Counted {
+    bytes: Bytes,
+    _share: Share,
+}
+
+impl AsRef<[u8]> for Counted {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Budget {
+    /// The same bytes, counted to their end; as they are where the budget does not have them.
+    pub fn counted(self: &Arc<Self>, bytes: Bytes) -> Result<Bytes, Bytes> {
+        let mut share = self.share();
+        if share.grow(bytes.len()) { Ok(Bytes::from_owner(Counted { bytes, _share: share })) } else { Err(bytes) }
+    }
+
+    /// Whether there is room for so many bytes more, as it looks now.
+    pub fn has_room(&self, bytes: usize) -> bool {
+        self.used().saturating_add(bytes as u64) <= self.limit.load(Ordering::Relaxed)
+    }
+}
+
 impl Drop for Share {
     fn drop(&mut self) {
         self.clear();
@@ -90,24 +115,31 @@ impl Drop for Share {
 pub struct Buffers {
     pub memory: Arc<Budget>,
     pub disk: Arc<Budget>,
+    /// How many spill files there may be: each takes a descriptor, of which clients and FPM need theirs.
+    pub files: Arc<Budget>,
     /// The pool for everything that may block.
     pub pool: Handle,
 }
 
 /// An unlinked file, readable by nobody else.
 #[derive(Clone, Debug)]
-pub struct SpillFile(Arc<File>);
+pub struct SpillFile(Arc<(File, Share)>);
 
 impl SpillFile {
-    pub async fn create(pool: &Handle, dir: PathBuf) -> io::Result<SpillFile> {
-        pool.spawn_blocking(move || create(&dir)).await.map_err(io::Error::other)?.map(|file| SpillFile(Arc::new(file)))
+    pub async fn create(buffers: &Buffers, dir: PathBuf) -> io::Result<SpillFile> {
+        let mut one = buffers.files.share();
+        if !one.grow(1) {
+            return Err(io::Error::other("there are as many spill files as descriptors allow"));
+        }
+        let file = buffers.pool.spawn_blocking(move || create(&dir)).await.map_err(io::Error::other)??;
+        Ok(SpillFile(Arc::new((file, one))))
     }
 
     pub async fn write(&self, pool: &Handle, chunks: Vec<Bytes>, mut offset: u64) -> io::Result<()> {
         let file = self.0.clone();
         pool.spawn_blocking(move || {
             for chunk in chunks {
-                file.write_all_at(&chunk, offset)?;
+                file.0.write_all_at(&chunk, offset)?;
                 offset += chunk.len() as u64;
             }
             Ok(())
@@ -116,13 +148,13 @@ impl SpillFile {
         .map_err(io::Error::other)?
     }
 
-    /// Up to READ_BYTES of what lies between `offset` and `end`.
-    pub fn read(&self, pool: &Handle, offset: u64, end: u64) -> tokio::task::JoinHandle<io::Result<Bytes>> {
+    /// Up to `most` of what lies between `offset` and `end`.
+    pub fn read(&self, pool: &Handle, offset: u64, end: u64, most: usize) -> tokio::task::JoinHandle<io::Result<Bytes>> {
         let file = self.0.clone();
-        let length = usize::try_from(end.saturating_sub(offset)).unwrap_or(READ_BYTES).min(READ_BYTES);
+        let length = usize::try_from(end.saturating_sub(offset)).unwrap_or(most).min(most);
         pool.spawn_blocking(move || {
             let mut buffer = vec![0; length];
-            file.read_exact_at(&mut buffer, offset)?;
+            file.0.read_exact_at(&mut buffer, offset)?;
             Ok(Bytes::from(buffer))
         })
     }
@@ -162,13 +194,27 @@ mod tests {
         assert_eq!(budget.used(), 30);
     }
 
+    #[test]
+    fn counted_bytes_count_until_the_last_of_them_is_gone() {
+        let budget = Budget::new(10);
+        let bytes = budget.counted(Bytes::from_static(b"12345678")).unwrap();
+        assert_eq!(budget.counted(Bytes::from_static(b"123")).unwrap_err(), "123");
+        let part = bytes.slice(2..4);
+        drop(bytes);
+        assert_eq!((&part[..], budget.used()), (&b"34"[..], 8));
+        drop(part);
+        assert_eq!(budget.used(), 0);
+    }
+
     #[tokio::test]
     async fn a_spill_file_has_no_name_and_keeps_its_bytes() {
         let dir = tempfile::tempdir().unwrap();
         let pool = Handle::current();
-        let file = SpillFile::create(&pool, dir.path().to_owned()).await.unwrap();
+        let buffers = Buffers { memory: Budget::new(0), disk: Budget::new(0), files: Budget::new(1), pool: pool.clone() };
+        let file = SpillFile::create(&buffers, dir.path().to_owned()).await.unwrap();
+        assert!(SpillFile::create(&buffers, dir.path().to_owned()).await.is_err(), "one descriptor is all there is");
         file.write(&pool, vec![Bytes::from_static(b"hello "), Bytes::from_static(b"world")], 0).await.unwrap();
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
-        assert_eq!(file.read(&pool, 6, 11).await.unwrap().unwrap(), "world");
+        assert_eq!(file.read(&pool, 6, 11, READ_BYTES).await.unwrap().unwrap(), "world");
     }
 }

@@ -4,5 +4,6 @@
 pub mod access_log;
 pub mod metrics;
 pub mod php_log;
+pub mod seldom;
 pub mod sink;
 pub mod tracing;

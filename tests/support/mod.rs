@@ -2,7 +2,7 @@
 //!
 //! Pretending to be FPM: [`scripted_fpm`] (misbehaves by name), [`real_fpm`] (the real one), [`fastcgi`] (the
 //! wire by hand, apart from the crate's own codec so that both cannot be wrong in the same way).
-//! Pretending to be the client: [`http`] (raw HTTP/1.1), [`ledger`] (never retries, checks every byte),
+//! Pretending to be the client: [`http`] (raw HTTP/1.1), [`h2wire`] (HTTP/2 by the frame), [`ledger`] (never retries, checks every byte),
 //! [`load_balancer`] (reuses connections, checks health, notices late), [`relay`] (a network in between).
 //! Around it: [`apiserver`] (Kubernetes, as far as it is asked), [`cluster`] (that one or a real one), [`netns`] (where pods have addresses of
 //! their own). The proxy itself: [`process`]. The rest: [`pattern`] and [`sha1`] (bytes that can be checked), [`ports`],
@@ -15,6 +15,7 @@ pub mod children;
 pub mod cluster;
 pub mod fastcgi;
 pub mod gate;
+pub mod h2wire;
 pub mod http;
 pub mod ledger;
 pub mod load_balancer;
@@ -27,3 +28,4 @@ pub mod relay;
 pub mod scripted_fpm;
 pub mod sha1;
 pub mod snapshot;
+pub mod usage;

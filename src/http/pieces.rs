@@ -1,0 +1,138 @@
+//! Bytes that are kept in the order in which they came, without a buffer for each of the small ones.
+
+use std::collections::VecDeque;
+
+use bytes::{Bytes, BytesMut};
+
+use crate::fastcgi::record;
+
+/// Small pieces are copied together: each kept by itself would hold the whole buffer that it was read into.
+#[derive(Debug, Default)]
+pub struct Pieces {
+    all: VecDeque<Bytes>,
+    /// Of the small ones that came last.
+    tail: BytesMut,
+    /// How many bytes there are in all.
+    bytes: usize,
+    /// Up to this size a piece is small.
+    small: usize,
+}
+
+impl Pieces {
+    /// Pieces of up to so many bytes are copied together.
+    pub fn with_small(small: usize) -> Self {
+        Pieces { small, ..Pieces::default() }
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.bytes == 0
+    }
+
+    pub fn push(&mut self, piece: Bytes) {
+        self.bytes += piece.len();
+        if piece.len() > self.small {
+            self.end_tail();
+            self.all.push_back(piece);
+            return;
+        }
+        self.tail.extend_from_slice(&piece);
+        if self.tail.len() > record::MAX_CONTENT {
+            self.end_tail();
+        }
+    }
+
+    /// The first, as it is: there is one of it.
+    pub fn push_first(&mut self, piece: Bytes) {
+        if self.is_empty() && !piece.is_empty() {
+            self.bytes = piece.len();
+            self.all.push_back(piece);
+        } else {
+            self.push(piece);
+        }
+    }
+
+    pub fn pop(&mut self) -> Option<Bytes> {
+        if self.all.is_empty() {
+            self.end_tail();
+        }
+        let piece = self.all.pop_front()?;
+        self.bytes -= piece.len();
+        Some(piece)
+    }
+
+    /// All that is there, at the end of `other`.
+    pub fn append_to(mut self, other: &mut Pieces) {
+        while let Some(piece) = self.pop() {
+            other.push_first(piece);
+        }
+    }
+
+    /// Nothing more comes.
+    pub fn whole(mut self) -> Self {
+        self.end_tail();
+        self
+    }
+
+    /// Each by itself, none of them empty. Of what is `whole`.
+    pub fn iter(&self) -> impl Iterator<Item = &Bytes> {
+        self.all.iter()
+    }
+
+    /// In one; copied where there are several.
+    pub fn join(mut self) -> Bytes {
+        self.end_tail();
+        if self.all.len() == 1 {
+            return self.all.pop_front().unwrap_or_default();
+        }
+        let mut whole = BytesMut::with_capacity(self.bytes);
+        self.all.iter().for_each(|piece| whole.extend_from_slice(piece));
+        whole.freeze()
+    }
+
+    fn end_tail(&mut self) {
+        if !self.tail.is_empty() {
+            self.all.push_back(self.tail.split().freeze());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_ones_are_copied_together_large_ones_are_not() {
+        let mut pieces = Pieces::with_small(4);
+        for piece in ["abc", "d", "efghij", "kl", "m"] {
+            pieces.push(Bytes::from_static(piece.as_bytes()));
+        }
+        assert_eq!(pieces.bytes(), 13);
+        assert_eq!(pieces.pop().unwrap(), "abcd");
+        assert_eq!(pieces.bytes(), 9);
+        assert_eq!(pieces.whole().iter().collect::<Vec<_>>(), ["efghij", "klm"]);
+    }
+
+    #[test]
+    fn what_was_taken_is_not_joined() {
+        let mut pieces = Pieces::with_small(1024);
+        pieces.push_first(Bytes::from_static(b"first"));
+        pieces.push_first(Bytes::from_static(b" second"));
+        assert_eq!(pieces.pop().unwrap(), "first");
+        pieces.push_first(Bytes::from_static(b" third"));
+        assert_eq!(pieces.join(), " second third");
+    }
+
+    #[test]
+    fn a_hundred_thousand_bytes_one_by_one_take_a_few_pieces() {
+        let mut pieces = Pieces::with_small(1024);
+        for _ in 0..100_000 {
+            pieces.push_first(Bytes::from_static(b"x"));
+        }
+        assert_eq!(pieces.bytes(), 100_000);
+        assert!(pieces.whole().iter().count() <= 3);
+    }
+}

@@ -1,0 +1,155 @@
+//! A machine that has run out of things, and an operator whose hand shakes.
+
+use std::time::Duration;
+
+use crate::{
+    case::{PATIENCE, toml},
+    support::{
+        gate::{Gate, eventually, within},
+        http::{self, Connection},
+        process::{Slackwater, Wait},
+        scripted_fpm::{Behaviour, ScriptedFpm},
+        usage::{Usage, allow_descriptors, first_free_descriptor},
+    },
+};
+
+/// No descriptor for a connection to FPM: 503, no pod is blamed, and it goes on when there are some again.
+#[tokio::test(flavor = "multi_thread")]
+async fn without_descriptors_no_pod_is_to_blame() {
+    let fpm = ScriptedFpm::start(Behaviour::hello("blue")).await;
+    let proxy = Slackwater::start(&toml(&fpm.address().to_string(), "", "keepalive = \"off\"")).await;
+    let mut client = Connection::open(proxy.http()).await.unwrap();
+    assert_eq!(client.get("/a.php").await.unwrap().status, 200);
+    let before = allow_descriptors(proxy.pid(), first_free_descriptor(proxy.pid()));
+    let mut refused = 0;
+    while refused < 5 {
+        let answer = within(PATIENCE, "a refusal", client.get("/a.php")).await.unwrap();
+        if answer.status == 200 {
+            // What it had just closed is free again.
+            allow_descriptors(proxy.pid(), first_free_descriptor(proxy.pid()));
+            continue;
+        }
+        assert_eq!(answer.status, 503);
+        assert!(answer.header("Retry-After").is_some());
+        refused += 1;
+    }
+    allow_descriptors(proxy.pid(), before);
+    assert_eq!(within(PATIENCE, "an answer", client.get("/a.php")).await.unwrap().status, 200);
+    assert!(proxy.log_text().contains("local_limit"), "{}", proxy.log_text());
+    let endpoint = &proxy.status().await["upstreams"]["php"]["sets"]["blue"]["endpoints"][0];
+    assert_eq!(endpoint["state"], "usable", "{endpoint}");
+    assert!(!proxy.log_text().contains("ejected"), "{}", proxy.log_text());
+}
+
+/// No descriptor for a client: it waits in the kernel, the log says why, not too often, and it is served when there are some again.
+#[tokio::test(flavor = "multi_thread")]
+async fn without_descriptors_clients_wait_and_are_served_later() {
+    let fpm = ScriptedFpm::start(Behaviour::hello("blue")).await;
+    let proxy = Slackwater::start(&toml(&fpm.address().to_string(), "", "")).await;
+    assert_eq!(http::get(proxy.http(), "/a.php").await.unwrap().status, 200);
+    let skip = proxy.log().len();
+    let before = allow_descriptors(proxy.pid(), first_free_descriptor(proxy.pid()));
+    let address = proxy.http();
+    let waiting: Vec<_> = (0..20).map(|_| tokio::spawn(async move { http::get(address, "/a.php").await })).collect();
+    let line = proxy.wait_for_log_after(skip, "accept", PATIENCE).await;
+    assert!(line.contains("Too many open files") || line.contains("os error 24"), "{line}");
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let lines = proxy.log().len() - skip;
+    assert!(lines < 10, "{lines} lines in a second");
+    allow_descriptors(proxy.pid(), before);
+    for client in waiting {
+        let answer = within(PATIENCE, "an answer", client).await.unwrap();
+        assert_eq!(answer.map(|answer| answer.status).ok(), Some(200));
+    }
+}
+
+/// However often it is asked to reload, and whatever stands in the file meanwhile: nothing grows and nothing is lost.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_thousand_reloads_take_no_memory_no_descriptor_and_no_thread() {
+    let fpm = ScriptedFpm::start(Behaviour::hello("blue")).await;
+    let config = toml(&fpm.address().to_string(), "", "workers_per_endpoint = 4");
+    let other = config.replace("workers_per_endpoint = 4", "workers_per_endpoint = 5");
+    let proxy = Slackwater::start(&config).await;
+    let reload = async |config: &str| {
+        proxy.rewrite(config);
+        let mut admin = Connection::open_unix(proxy.admin()).await.unwrap();
+        let answer =
+            within(PATIENCE, "the reload", admin.exchange("POST", &http::request("POST", "/reload", &[], b""))).await.unwrap();
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        assert_eq!(http::get(proxy.http(), "/a.php").await.unwrap().status, 200);
+    };
+    for _ in 0..50 {
+        reload(&other).await;
+        reload(&config).await;
+    }
+    let before = Usage::of(proxy.pid());
+    for _ in 0..450 {
+        reload(&other).await;
+        reload(&config).await;
+    }
+    let after = Usage::of(proxy.pid());
+    println!("900 more reloads: {before:?}, then {after:?}");
+    assert!(after.rss < before.rss + (8 << 20), "{} more bytes", after.rss - before.rss);
+    assert!(after.descriptors <= before.descriptors + 2 && after.threads <= before.threads + 1, "{before:?}, then {after:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_storm_of_hangups_ends_in_the_last_configuration() {
+    let fpm = ScriptedFpm::start(Behaviour::hello("blue")).await;
+    let config = toml(&fpm.address().to_string(), "", "workers_per_endpoint = 4");
+    let proxy = Slackwater::start(&config).await;
+    let address = proxy.http();
+    let load = tokio::spawn(async move {
+        let mut client = Connection::open(address).await.unwrap();
+        for _ in 0..300 {
+            assert_eq!(client.get("/a.php").await.unwrap().status, 200);
+        }
+    });
+    for nth in 0..200 {
+        proxy.rewrite(&config.replace("workers_per_endpoint = 4", &format!("workers_per_endpoint = {}", 5 + nth)));
+        proxy.signal(libc::SIGHUP);
+    }
+    eventually("the last one is in force", async || {
+        let endpoint = proxy.status().await["upstreams"]["php"]["sets"]["blue"]["endpoints"][0].clone();
+        if endpoint["capacity"] == 204 { Ok(()) } else { Err(endpoint.to_string()) }
+    })
+    .await;
+    load.await.unwrap();
+}
+
+/// A hangup while it leaves neither brings it back nor ends it early.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hangup_during_the_drain_changes_nothing() {
+    let gate = Gate::closed();
+    let fpm = ScriptedFpm::start(Behaviour::hello("blue").holds_answer(&gate)).await;
+    let config = toml(&fpm.address().to_string(), "", "workers_per_endpoint = 4")
+        + "[drain]\ngrace = \"20s\"\nlame_duck = \"0s\"\nmargin = \"1s\"\n";
+    let mut proxy = Slackwater::start(&config).await;
+    let address = proxy.http();
+    let held = tokio::spawn(async move { http::get(address, "/held.php").await });
+    fpm.wait_begun(1).await;
+    proxy.terminate();
+    proxy.wait_for_log("Draining", PATIENCE).await;
+    for _ in 0..20 {
+        proxy.signal(libc::SIGHUP);
+    }
+    proxy.wait_for_log("reload refused", PATIENCE).await;
+    assert!(proxy.is_running());
+    gate.open();
+    assert_eq!(held.await.unwrap().unwrap().status, 200);
+    assert_eq!(proxy.wait_exit(PATIENCE).await, 0);
+}
+
+/// Nobody is there yet, and it is told to go.
+#[tokio::test(flavor = "multi_thread")]
+async fn terminated_before_it_was_ready_it_ends_at_once_and_well() {
+    let nobody = crate::support::ports::free_address();
+    let config = toml(&nobody.to_string(), "", "workers_per_endpoint = 4")
+        .replace("[upstream.php.set.blue]", "[upstream.php.set.blue]\nping = \"/ping\"")
+        + "[drain]\ngrace = \"20s\"\nlame_duck = \"5s\"\nmargin = \"1s\"\n";
+    let mut proxy = Slackwater::builder(&config).wait(Wait::Live).start().await;
+    proxy.terminate();
+    let began = std::time::Instant::now();
+    assert_eq!(proxy.wait_exit(PATIENCE).await, 0);
+    println!("ended {:?} after SIGTERM", began.elapsed());
+}

@@ -1,0 +1,48 @@
+//! What a process has taken of its machine.
+
+use std::fs;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Usage {
+    /// Bytes that are resident.
+    pub rss: u64,
+    /// Open descriptors.
+    pub descriptors: usize,
+    pub threads: usize,
+}
+
+impl Usage {
+    pub fn of(pid: u32) -> Usage {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
+        let number = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name)).expect("every process has it");
+            line.trim_start_matches(':').split_whitespace().next().and_then(|word| word.parse::<u64>().ok()).expect("a number")
+        };
+        Usage {
+            rss: number("VmRSS") * 1024,
+            descriptors: fs::read_dir(format!("/proc/{pid}/fd")).expect("it is ours").count(),
+            threads: number("Threads") as usize,
+        }
+    }
+}
+
+/// The lowest number that no descriptor of `pid` has: where the limit is that, it cannot open another one.
+pub fn first_free_descriptor(pid: u32) -> u64 {
+    let numbers: std::collections::BTreeSet<u64> = fs::read_dir(format!("/proc/{pid}/fd"))
+        .expect("it is ours")
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .collect();
+    (0..).find(|number| !numbers.contains(number)).expect("there are not so many")
+}
+
+/// Lets `pid` have so many descriptors from now on; gives what it was allowed before.
+pub fn allow_descriptors(pid: u32, most: u64) -> u64 {
+    let mut before = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    let pid = libc::pid_t::try_from(pid).expect("a process id");
+    // SAFETY: reads one structure of our own, or writes to one.
+    unsafe { assert_eq!(libc::prlimit(pid, libc::RLIMIT_NOFILE, std::ptr::null(), &raw mut before), 0) };
+    let after = libc::rlimit { rlim_cur: most, ..before };
+    // SAFETY: as above.
+    unsafe { assert_eq!(libc::prlimit(pid, libc::RLIMIT_NOFILE, &raw const after, std::ptr::null_mut()), 0) };
+    before.rlim_cur
+}
