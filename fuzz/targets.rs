@@ -46,8 +46,10 @@ pub const ALL: [(&str, fn(&[u8])); 8] = [
     ("template", template),
 ];
 
-/// Content by kind, and how it ended.
-fn decoded(data: &[u8], piece: usize) -> (Vec<u8>, Vec<u8>, Option<(u32, u8)>, bool) {
+/// What was decoded: content by kind, appStatus and protocolStatus where it ended, whether it was FastCGI.
+type Decoded = (Vec<u8>, Vec<u8>, Option<(u32, u8)>, bool);
+
+fn decoded(data: &[u8], piece: usize) -> Decoded {
     let (mut decoder, mut input) = (Decoder::default(), BytesMut::new());
     let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
     for piece in data.chunks(piece.max(1)) {
@@ -151,7 +153,7 @@ pub fn params(data: &[u8]) {
         remote_port: 1,
         server_addr: SocketAddr::from(HERE),
         server_port: 80,
-        https: data.len() % 2 == 0,
+        https: data.len().is_multiple_of(2),
         remote_user: "",
         request_id: "id",
         extra: &[],
@@ -170,10 +172,10 @@ fn runtime() -> tokio::runtime::Runtime {
 pub fn proxy(data: &[u8]) {
     let mut rest = data;
     let ends = runtime().block_on(proxy_protocol::read(&mut rest));
-    if ends.is_ok() {
+    if let Ok(ends) = ends {
         let header = &data[..data.len() - rest.len()];
         let again = runtime().block_on(proxy_protocol::read(&mut { header }));
-        assert_eq!(again.expect("the same bytes"), ends.expect("just seen"));
+        assert_eq!(again.expect("the same bytes"), ends);
     }
 }
 
