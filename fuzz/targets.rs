@@ -35,7 +35,9 @@ use slackwater::{
     model::{Site, SiteTable},
 };
 
-pub const ALL: [(&str, fn(&[u8])); 8] = [
+type Fuzzed = (&'static str, fn(&[u8]));
+
+pub const ALL: [Fuzzed; 8] = [
     ("config", config),
     ("params", params),
     ("path", path),

@@ -156,17 +156,25 @@ impl World {
             };
             dispatcher.acquire(&want).await
         });
-        let woken = Arc::new(Flag(AtomicBool::new(true)));
+        let woken = Arc::new(Flag::default());
         let deadline = told.map_or(since + PATIENCE, |told| told.min(since + PATIENCE));
         self.waiting.push(Waiting { lane, deadline, woken, future });
+        // It asks as soon as it is there, whatever else is still to happen.
+        self.look(self.waiting.len() - 1);
     }
 
     /// Polls whoever was woken, until nobody is.
     fn settle(&mut self) {
         while let Some(at) = self.waiting.iter().position(|w| w.woken.0.swap(false, Ordering::SeqCst)) {
-            let one = &mut self.waiting[at];
-            let waker = Waker::from(one.woken.clone());
-            let Poll::Ready(result) = one.future.as_mut().poll(&mut Context::from_waker(&waker)) else { continue };
+            self.look(at);
+        }
+    }
+
+    /// Polls one of those who wait.
+    fn look(&mut self, at: usize) {
+        let one = &mut self.waiting[at];
+        let waker = Waker::from(one.woken.clone());
+        if let Poll::Ready(result) = one.future.as_mut().poll(&mut Context::from_waker(&waker)) {
             let Waiting { lane, deadline, future, .. } = self.waiting.remove(at);
             drop(future);
             match result {

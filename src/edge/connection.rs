@@ -137,10 +137,6 @@ where
                 streams.begin(stall);
             }
             let version = request.version();
-            if version == Version::HTTP_11 && request.headers().contains_key(header::UPGRADE) {
-                progress.upgrade_asked.set(true);
-            }
-            let asked = version == Version::HTTP_11 && progress.upgrade_asked.get();
             let last = settings.listen.max_requests_per_connection.is_some_and(|max| progress.served.get() >= max);
             let context = context.clone();
             // On the heap from the beginning: hyper would copy it, and keep room for it in each idle connection.
@@ -151,12 +147,7 @@ where
                 if version < Version::HTTP_2 && (last || context.phase.get().is_leaving()) {
                     response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
                 }
-                let held = asked && !response.body().is_end_stream();
-                if held {
-                    // Its end is to be told by itself, once everything before it has been delivered.
-                    response.headers_mut().remove(header::CONTENT_LENGTH);
-                }
-                Ok::<_, Infallible>(response.map(|inner| CountedBody { inner, rest: None, given: 0, stall, held, started }))
+                Ok::<_, Infallible>(response.map(|inner| CountedBody { inner, rest: None, given: 0, stall, _started: started }))
             }
         }))
     };
@@ -217,7 +208,6 @@ impl Way<'_> {
                     let parts = connection.into_parts();
                     io = parts.io.into_inner();
                     io.take_back(parts.read_buf);
-                    progress.upgrade_asked.set(false);
                 }
                 Err(end) => return finish(context, peer, progress, end, connection.into_parts().io.into_inner()).await,
             }
@@ -515,9 +505,7 @@ pin_project_lite::pin_project! {
         rest: Option<Bytes>,
         given: usize,
         stall: Option<Rc<Stall>>,
-        // No end before `Progress::delivered`.
-        held: bool,
-        started: Started,
+        _started: Started,
     }
 }
 
@@ -527,12 +515,7 @@ impl<B: Body<Data = Bytes>> Body for CountedBody<B> {
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
         let this = self.project();
-        let Some(stall) = this.stall else {
-            let frame = this.inner.poll_frame(cx);
-            // hyper flushes behind this, and comes back.
-            let is_early = *this.held && !this.started.progress.delivered.get();
-            return if is_early && matches!(frame, Poll::Ready(None)) { Poll::Pending } else { frame };
-        };
+        let Some(stall) = this.stall else { return this.inner.poll_frame(cx) };
         // Being asked means that the client has taken what came before.
         stall.took(std::mem::take(this.given));
         let mut frame = match this.rest.take() {
@@ -556,13 +539,10 @@ impl<B: Body<Data = Bytes>> Body for CountedBody<B> {
     }
 
     fn is_end_stream(&self) -> bool {
-        !self.held && self.rest.is_none() && self.inner.is_end_stream()
+        self.rest.is_none() && self.inner.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        if self.held {
-            return SizeHint::default();
-        }
         let mut hint = self.inner.size_hint();
         if let Some(rest) = &self.rest {
             let rest = rest.len() as u64;

@@ -60,10 +60,6 @@ pub struct Progress {
     pub multiplexed: Cell<bool>,
     /// Idle, it may be parked.
     pub may_park: Cell<bool>,
-    /// A request has asked for another protocol. hyper then ends a connection without sending what its socket has not taken yet: so no answer ends before that.
-    pub upgrade_asked: Cell<bool>,
-    /// All that hyper has handed over is with the client; only known where `upgrade_asked`.
-    pub delivered: Cell<bool>,
     /// The last request had a body, or could not be parsed: there may be unread bytes at the end.
     pub linger: Cell<bool>,
     /// The process is about to end: its connections close only when the client has all that was sent to it.
@@ -89,8 +85,6 @@ impl Progress {
             served: Cell::new(0),
             multiplexed: Cell::new(false),
             may_park: Cell::new(false),
-            upgrade_asked: Cell::new(false),
-            delivered: Cell::new(false),
             linger: Cell::new(false),
             leaving: Cell::new(false),
             line_bytes: Cell::new(Some(0)),
@@ -247,8 +241,6 @@ pub struct Io {
     prefix: Bytes,
     progress: Rc<Progress>,
     lingering: Option<Lingering>,
-    /// When to ask again, and what was left the last time.
-    delivering: Option<(Pin<Box<Sleep>>, usize)>,
 }
 
 #[derive(Debug)]
@@ -261,7 +253,7 @@ struct Lingering {
 
 impl Io {
     pub fn new(stream: Stream, progress: Rc<Progress>) -> Self {
-        Io { stream, prefix: Bytes::new(), progress, lingering: None, delivering: None }
+        Io { stream, prefix: Bytes::new(), progress, lingering: None }
     }
 
     pub fn unread(&mut self, prefix: Bytes) {
@@ -321,30 +313,6 @@ impl Io {
         Poll::Ready(())
     }
 
-    /// Until the client has acknowledged everything. The kernel does not say when: it is asked again and again, and a client that takes nothing is
-    /// the affair of `stall_timeout`.
-    fn poll_delivered(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        loop {
-            let left = unacked(self.stream.tcp());
-            if left == 0 {
-                break;
-            }
-            let (timer, before) = self.delivering.get_or_insert_with(|| (Box::pin(tokio::time::sleep(ASK_EVERY)), left));
-            self.progress.stall.blocked();
-            if left < *before {
-                self.progress.stall.took(*before - left);
-            }
-            *before = left;
-            if timer.is_elapsed() {
-                timer.as_mut().reset(Instant::now() + ASK_EVERY);
-            }
-            ready!(timer.as_mut().poll(cx));
-        }
-        self.progress.stall.over();
-        self.delivering = None;
-        Poll::Ready(())
-    }
-
     /// The bound for a lingering close.
     pub const LINGER: Duration = LINGER_TIME;
 }
@@ -370,12 +338,10 @@ impl AsyncRead for Io {
 
 impl AsyncWrite for Io {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        self.progress.delivered.set(false);
         either!(&mut self.stream, inner => inner.poll_write(cx, buf))
     }
 
     fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
-        self.progress.delivered.set(false);
         either!(&mut self.stream, inner => inner.poll_write_vectored(cx, bufs))
     }
 
@@ -384,12 +350,7 @@ impl AsyncWrite for Io {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        ready!(either!(&mut self.stream, inner => inner.poll_flush(cx)))?;
-        if self.progress.upgrade_asked.get() && !self.progress.delivered.get() {
-            ready!(self.poll_delivered(cx));
-            self.progress.delivered.set(true);
-        }
-        Poll::Ready(Ok(()))
+        either!(&mut self.stream, inner => inner.poll_flush(cx))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
