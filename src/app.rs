@@ -30,6 +30,7 @@ use crate::{
         build::{self, Before},
         config::{self, Config},
         reconcile::{Change, Listeners, Reconciler},
+        sandbox::{self, Folders},
         slices::AllFound,
         state::State,
         status,
@@ -85,7 +86,12 @@ pub fn run(path: &Path) -> Result<u8, String> {
     let config = config::load(path, &|name| std::env::var(name).ok())
         .map_err(|problems| problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))?;
     let settings = config.settings.clone();
+    // Before the first thread, so that it is for all of them.
+    let sandboxed = settings.sandbox.then(|| sandbox::confine(&Folders::of(&config))).transpose()?;
     let log = Arc::new(crate::telemetry::tracing::init(settings.log.format, &settings.log.level)?);
+    if let Some(by) = sandboxed {
+        tracing::info!(by, "sandboxed");
+    }
     raise_descriptors();
     for warning in config.warnings_now() {
         tracing::warn!("{warning}");

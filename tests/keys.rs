@@ -20,6 +20,7 @@ const SEEN: &[(&str, &str)] = &[
     (" workers", "life_cycle reloads_under_load_lose_nothing_and_a_bad_file_changes_nothing"),
     (" include", "keys an_included_file_is_part_of_it"),
     (" reload", "pools a_watched_file_is_read_again_when_it_changes"),
+    (" sandbox", "hostile/privilege in_the_sandbox_only_what_the_configuration_names_can_be_read"),
     (" state", "swap a_swap_survives_a_kill_where_there_is_a_state_file"),
     (" listen", "life_cycle toml"),
     (" buffer", "keys buffers_are_bounded_and_lie_where_they_are_told"),

@@ -38,6 +38,7 @@ pub fn expand(config: &Config) -> String {
             ReloadMode::Watch => "watch",
         }),
     );
+    out.key("sandbox", quote(if settings.sandbox { "on" } else { "off" }));
     out.key("state", path_or_empty(settings.state.as_deref()));
     listen(&mut out, &settings.listen);
     for CertificateFiles { hosts, certificate, key, .. } in &settings.certificates {

@@ -30,6 +30,7 @@ pub mod expand;
 pub mod kubernetes;
 pub mod reconcile;
 pub mod replicas;
+pub mod sandbox;
 pub mod slices;
 pub mod state;
 pub mod status;

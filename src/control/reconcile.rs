@@ -17,6 +17,7 @@ use super::{
     config::{self, Config},
     kubernetes::{ACTIVE, AllKnown, Asked, Discovery, Known},
     rfc3339,
+    sandbox::Folders,
     slices::AllFound,
     state::State,
     switch::Switch,
@@ -136,6 +137,8 @@ pub struct Reconciler {
     peers: Peers,
     /// Endpoints that a snapshot has dropped: one that comes back before its last request has ended is the same, with its slots.
     dropped: Vec<Weak<Endpoint>>,
+    /// What the process may read and write, where it is sandboxed.
+    sandbox: Folders,
 }
 
 impl Reconciler {
@@ -178,6 +181,7 @@ impl Reconciler {
         Reconciler {
             control,
             path,
+            sandbox: Folders::of(&config),
             config,
             switch: state.switch,
             listeners,
@@ -316,6 +320,7 @@ impl Reconciler {
             return Ok(false);
         }
         needs_restart(&self.config.settings, &config.settings)?;
+        within_sandbox(&self.sandbox, &config)?;
         let mut switch = self.switch.clone();
         switch.prune(&config.upstreams);
         self.retire(&config);
@@ -488,6 +493,15 @@ impl From<InFlight> for CutRequest {
     }
 }
 
+/// The sandbox lasts as long as the process.
+fn within_sandbox(sandbox: &Folders, config: &config::Config) -> Result<(), String> {
+    if !config.settings.sandbox {
+        return Ok(());
+    }
+    let beyond: Vec<String> = Folders::of(config).beyond(sandbox).iter().map(|folder| folder.display().to_string()).collect();
+    if beyond.is_empty() { Ok(()) } else { Err(format!("the sandbox was made without {}: needs a restart", beyond.join(", "))) }
+}
+
 fn needs_restart(old: &Settings, new: &Settings) -> Result<(), String> {
     let mut keys = Vec::new();
     if old.workers != new.workers {
@@ -507,6 +521,9 @@ fn needs_restart(old: &Settings, new: &Settings) -> Result<(), String> {
     }
     if old.reload != new.reload {
         keys.push("reload");
+    }
+    if old.sandbox != new.sandbox {
+        keys.push("sandbox");
     }
     if old.state != new.state {
         keys.push("state");

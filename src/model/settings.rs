@@ -18,6 +18,8 @@ pub struct Settings {
     /// Worker threads; `None` is "auto". Needs a restart.
     pub workers: Option<usize>,
     pub reload: ReloadMode,
+    /// Landlock and seccomp, as far as the kernel has them. Needs a restart.
+    pub sandbox: bool,
     /// Where an operator's swap is remembered; `None`: nowhere.
     pub state: Option<PathBuf>,
     /// `None`: outside a cluster. Needs a restart.

@@ -12,4 +12,5 @@ mod framing;
 mod http2;
 mod machine;
 mod pool;
+mod privilege;
 mod slow;

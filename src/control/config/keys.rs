@@ -38,7 +38,24 @@ macro_rules! with_shared {
 
 /// The keys of this version, by the table they belong to; "" is the top of the file.
 pub const KEYS: Keys = &[
-    ("", &["workers", "include", "reload", "state", "listen", "tls", "buffer", "log", "drain", "kubernetes", "upstream", "site"]),
+    (
+        "",
+        &[
+            "workers",
+            "include",
+            "reload",
+            "sandbox",
+            "state",
+            "listen",
+            "tls",
+            "buffer",
+            "log",
+            "drain",
+            "kubernetes",
+            "upstream",
+            "site",
+        ],
+    ),
     (
         "listen",
         &[

@@ -28,6 +28,7 @@ pub fn read(top: &mut Reader<'_>, env: &dyn Fn(&str) -> Option<String>, folders:
         workers: top.read("workers", None, |v| v.count_or("auto", 1, 1024).map(as_usize)),
         reload: top
             .read("reload", ReloadMode::Signal, |v| v.one_of(&[("signal", ReloadMode::Signal), ("watch", ReloadMode::Watch)])),
+        sandbox: top.read("sandbox", false, |v| v.one_of(&[("off", false), ("on", true)])),
         state: top.read("state", None, path_or_none),
         listen: listen(top.section("listen", "listen")),
         certificates: certificates(top),

@@ -801,6 +801,7 @@ fn the_hash_is_of_the_filled_text() {
 const SAMPLES: &[(&str, &str, &str)] = &[
     ("", "workers", "3"),
     ("", "reload", "\"watch\""),
+    ("", "sandbox", "\"on\""),
     ("", "state", "\"/s.json\""),
     ("listen", "http", "[\"127.0.0.1:1\"]"),
     ("listen", "https", "[\"127.0.0.1:3\"]"),
