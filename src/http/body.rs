@@ -155,7 +155,7 @@ where
 }
 
 /// Pieces up to this size are copied together: hyper reads into buffers that are larger.
-const SMALL_PIECE: usize = 16 * 1024;
+const SMALL_PIECE: usize = 32 * 1024;
 
 /// Reads a spilled body back, a piece at a time.
 struct SpillSource {

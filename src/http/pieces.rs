@@ -64,9 +64,18 @@ impl Pieces {
         Some(piece)
     }
 
-    /// All that is there, at the end of `other`.
-    pub fn append_to(mut self, other: &mut Pieces) {
-        while let Some(piece) = self.pop() {
+    /// Up to `most` bytes from the front to the end of `other`.
+    pub fn move_to(&mut self, other: &mut Pieces, most: usize) {
+        let mut left = most;
+        while left > 0
+            && let Some(mut piece) = self.pop()
+        {
+            if piece.len() > left {
+                let rest = piece.split_off(left);
+                self.bytes += rest.len();
+                self.all.push_front(rest);
+            }
+            left -= piece.len();
             other.push_first(piece);
         }
     }
@@ -124,6 +133,20 @@ mod tests {
         assert_eq!(pieces.pop().unwrap(), "first");
         pieces.push_first(Bytes::from_static(b" third"));
         assert_eq!(pieces.join(), " second third");
+    }
+
+    #[test]
+    fn a_part_moves_and_the_rest_stays_in_order() {
+        let mut pieces = Pieces::with_small(2);
+        for piece in ["abcdef", "g", "h", "ijklmn"] {
+            pieces.push(Bytes::from_static(piece.as_bytes()));
+        }
+        let mut other = Pieces::with_small(2);
+        pieces.move_to(&mut other, 4);
+        assert_eq!((other.bytes(), pieces.bytes()), (4, 10));
+        pieces.move_to(&mut other, usize::MAX);
+        assert!(pieces.is_empty());
+        assert_eq!(other.join(), "abcdefghijklmn");
     }
 
     #[test]

@@ -35,8 +35,8 @@ pub const TOO_LONG: &str = "PHP has written more than its Content-Length says; t
 
 /// Written to a spill file at once.
 const BATCH_BYTES: usize = 256 * 1024;
-/// So much of an answer may be in memory beyond the budget: an empty queue always takes a batch, or nothing would go on.
-const BATCH_BYTES_WITHOUT_ROOM: usize = 16 * 1024;
+/// So much of an answer may be in memory beyond the budget.
+const LITTLE: usize = 8 * 1024;
 /// Pieces up to this size are copied together.
 const SMALL_PIECE: usize = 1024;
 /// So long FPM waits for a reader that keeps up before a file is begun, as often as that one has moved, but no longer in all than PATIENCE: a client that
@@ -106,6 +106,8 @@ impl Spill {
 /// Where a batch goes.
 enum Place {
     Memory,
+    /// Nowhere has room: a little of it, beyond the budget, for otherwise nothing would go on.
+    Little,
     NewFile,
     File(SpillFile, u64),
     /// When the reader has taken something.
@@ -122,21 +124,12 @@ fn wake(waker: &mut Option<Waker>) {
 
 /// The two ends. `first` is what has been read already.
 pub fn pipe(first: Pieces, length: Option<u64>, buffers: &Buffers) -> (Pump, PipeBody) {
-    let mut pipe = Pipe {
-        queue: first,
-        memory: buffers.memory.share(),
-        spill: None,
-        no_disk: false,
-        ended: None,
-        reader: None,
-        writer: None,
-        reader_gone: false,
-    };
-    // What has been read is in memory already; beyond the budget the pump waits.
-    let _ = pipe.memory.grow(pipe.queue.bytes());
+    let mut memory = buffers.memory.share();
+    let (queue, rest) = if memory.grow(first.bytes()) { (first, None) } else { (Pieces::default(), Some(first)) };
+    let pipe = Pipe { queue, memory, spill: None, no_disk: false, ended: None, reader: None, writer: None, reader_gone: false };
     let pipe = Rc::new(RefCell::new(pipe));
     let body = PipeBody { pipe: pipe.clone(), buffers: buffers.clone(), reading: None, left: length, told: length.unwrap_or(0) };
-    (Pump { pipe, buffers: buffers.clone() }, body)
+    (Pump { pipe, buffers: buffers.clone(), first: rest }, body)
 }
 
 /// An answer that is all here, and for which memory has no room.
@@ -169,12 +162,17 @@ pub async fn spilt(bytes: Bytes, buffers: &Buffers, dir: PathBuf) -> io::Result<
 pub struct Pump {
     pipe: Rc<RefCell<Pipe>>,
     buffers: Buffers,
+    /// What had been read already and the budget has no room for.
+    first: Option<Pieces>,
 }
 
 impl Pump {
     /// Moves the rest of the answer, to its end or until the client has left.
-    pub async fn run(self, mut exchange: Exchange, plan: Plan, mut on_stderr: impl FnMut(Bytes)) -> Outcome {
+    pub async fn run(mut self, mut exchange: Exchange, plan: Plan, mut on_stderr: impl FnMut(Bytes)) -> Outcome {
         let mut patience = PATIENCE;
+        if let Some(first) = self.first.take() {
+            self.deliver(first, &plan, &mut patience).await;
+        }
         loop {
             let gathered = tokio::time::timeout(plan.read_timeout, self.gather(&mut exchange, &mut on_stderr)).await;
             let (batch, end) = match gathered {
@@ -209,7 +207,7 @@ impl Pump {
     async fn gather(&self, exchange: &mut Exchange, on_stderr: &mut impl FnMut(Bytes)) -> (Pieces, Option<Result<(), Error>>) {
         let mut batch = Pieces::with_small(SMALL_PIECE);
         // Where the budget is used up, what is read is beyond it.
-        let most = if self.buffers.memory.has_room(BATCH_BYTES) { BATCH_BYTES } else { BATCH_BYTES_WITHOUT_ROOM };
+        let most = if self.buffers.memory.has_room(BATCH_BYTES) { BATCH_BYTES } else { LITTLE };
         let end = poll_fn(|cx| {
             loop {
                 if self.pipe.borrow().reader_gone {
@@ -243,14 +241,22 @@ impl Pump {
 
     /// To memory while there is room, then to the file; where neither has any, at the client's pace: what has begun is not cut for that.
     async fn deliver(&self, batch: Pieces, plan: &Plan, patience: &mut Duration) {
-        let bytes = batch.bytes();
-        let batch = batch.whole();
+        let mut batch = batch.whole();
         loop {
+            let bytes = batch.bytes();
             match self.place(bytes, plan) {
                 Place::Nowhere => return,
+                Place::Little => {
+                    let mut pipe = self.pipe.borrow_mut();
+                    batch.move_to(&mut pipe.queue, LITTLE);
+                    wake(&mut pipe.reader);
+                    if batch.is_empty() {
+                        return;
+                    }
+                }
                 Place::Memory => {
                     let mut pipe = self.pipe.borrow_mut();
-                    batch.append_to(&mut pipe.queue);
+                    batch.move_to(&mut pipe.queue, usize::MAX);
                     wake(&mut pipe.reader);
                     return;
                 }
@@ -300,24 +306,17 @@ impl Pump {
         }
         let unread = pipe.spill.as_ref().is_some_and(|s| !s.is_read());
         let room = if plan.unbuffered { UNBUFFERED_BYTES } else { plan.memory };
-        // An empty queue always takes a batch: it is the client's next.
         let fits = pipe.queue.is_empty() || pipe.queue.bytes() + bytes <= room;
-        if !unread && fits && (pipe.memory.grow(bytes) || pipe.queue.is_empty()) {
+        if !unread && fits && pipe.memory.grow(bytes) {
             return Place::Memory;
         }
-        if plan.unbuffered || pipe.no_disk {
-            return Place::Later;
-        }
-        match &mut pipe.spill {
-            None => Place::NewFile,
-            Some(spill) => {
-                if spill.grow(bytes) {
-                    Place::File(spill.file.clone(), spill.written)
-                } else {
-                    Place::Later
-                }
+        if !plan.unbuffered && !pipe.no_disk {
+            let Some(spill) = &mut pipe.spill else { return Place::NewFile };
+            if spill.grow(bytes) {
+                return Place::File(spill.file.clone(), spill.written);
             }
         }
+        if !unread && pipe.queue.is_empty() { Place::Little } else { Place::Later }
     }
 
     /// Until the reader has taken something, or left.
@@ -405,10 +404,10 @@ impl Body for PipeBody {
                 pipe.memory.shrink(bytes.len());
                 wake(&mut pipe.writer);
                 // hyper keeps it until the client has taken it.
-                let counts = bytes.len() > BATCH_BYTES_WITHOUT_ROOM;
+                let counts = bytes.len() > LITTLE;
                 Some(if counts { self.buffers.memory.counted(bytes).unwrap_or_else(|bytes| bytes) } else { bytes })
             } else if let Some(spill) = pipe.spill.as_ref().filter(|s| !s.is_read()) {
-                let most = if self.buffers.memory.has_room(READ_BYTES) { READ_BYTES } else { BATCH_BYTES_WITHOUT_ROOM };
+                let most = if self.buffers.memory.has_room(READ_BYTES) { READ_BYTES } else { LITTLE };
                 self.reading = Some(spill.file.read(&self.buffers.pool, spill.read, spill.written, most));
                 None
             } else {

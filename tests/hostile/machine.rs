@@ -5,7 +5,9 @@ use std::time::Duration;
 use crate::{
     case::{PATIENCE, toml},
     support::{
+        cgroup::MemoryLimit,
         gate::{Gate, eventually, within},
+        h2wire::{self, Wire},
         http::{self, Connection},
         process::{Slackwater, Wait},
         scripted_fpm::{Behaviour, ScriptedFpm},
@@ -152,4 +154,64 @@ async fn terminated_before_it_was_ready_it_ends_at_once_and_well() {
     let began = std::time::Instant::now();
     assert_eq!(proxy.wait_exit(PATIENCE).await, 0);
     println!("ended {:?} after SIGTERM", began.elapsed());
+}
+
+/// Clients that ask for much and read nothing, on both versions of HTTP, and such that send much: beyond `buffer.total` they get 503 or wait, and the
+/// process is not killed for want of memory.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "the round of `tests/long memory`: wants root and a memory controller"]
+async fn long_memory() {
+    const LIMIT: u64 = 384 << 20;
+    let page = Behaviour::answers(200, &[("Content-Type", "text/plain")], vec![b'x'; 120_000]);
+    let fpm = ScriptedFpm::start(page).await;
+    let listen = "max_connections = 20000\nstall_timeout = \"20s\"";
+    let config = toml(&fpm.address().to_string(), listen, "workers_per_endpoint = 64\nqueue = { max = 5000, timeout = \"20s\" }")
+        + "[buffer]\ntotal = \"64MiB\"\n";
+    let group = MemoryLimit::new(LIMIT);
+    let mut proxy = Slackwater::builder(&config).start().await;
+    group.add(proxy.pid());
+    // In each of these memory that nobody takes back: the kernel's buffers are not the process's, so they are small.
+    let mut readers = Vec::new();
+    for _ in 0..1500 {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.set_recv_buffer_size(4096).unwrap();
+        let mut client = Connection::over(socket.connect(proxy.http()).await.unwrap());
+        client.send(http::request("GET", "/a.php", &[], b"")).await.unwrap();
+        readers.push(client);
+    }
+    let mut wires = Vec::new();
+    for _ in 0..45 {
+        // No window: h2 keeps what it is given.
+        let mut wire = Wire::open(proxy.http(), &[(4, 0)]).await;
+        for n in 0..128_u32 {
+            wire.send(&h2wire::get(2 * n + 1, "/a.php")).await;
+        }
+        wires.push(wire);
+    }
+    let mut senders = Vec::new();
+    for _ in 0..300 {
+        let mut client = Connection::open(proxy.http()).await.unwrap();
+        let head = http::request("POST", "/a.php", &[("Content-Length", "2000000")], b"");
+        client.send([head, vec![7; 900_000]].concat()).await.unwrap();
+        senders.push(client);
+    }
+    let mut most = 0;
+    for _ in 0..50 {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        most = most.max(Usage::of(proxy.pid()).rss);
+    }
+    assert!(proxy.is_running(), "killed: {}", proxy.log_text().lines().last().unwrap_or_default());
+    println!(
+        "1,500 readers, 45 times 128 streams and 300 senders of 1.4 GB in all, 64 MiB of buffers: {} MiB resident at most, {} MiB with the kernel's, of {} MiB",
+        most >> 20,
+        group.peak() >> 20,
+        LIMIT >> 20
+    );
+    drop((readers, wires, senders));
+    eventually("there is room again", async || match http::get(proxy.http(), "/after.php").await {
+        Ok(answer) if answer.status == 200 => Ok(()),
+        other => Err(format!("{:?}", other.map(|answer| answer.status))),
+    })
+    .await;
+    assert!(most < LIMIT, "{most} bytes");
 }

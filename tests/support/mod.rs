@@ -11,6 +11,7 @@
 #![allow(dead_code, reason = "every test binary compiles all of this and uses its part")]
 
 pub mod apiserver;
+pub mod cgroup;
 pub mod children;
 pub mod cluster;
 pub mod fastcgi;
