@@ -75,6 +75,8 @@ const CHANNEL: usize = 1024;
 const POOL_THREADS: usize = 64;
 /// Kept for listeners, logs, FPM and files when "auto" shares out file descriptors.
 const SPARE_DESCRIPTORS: usize = 64;
+/// What "auto" gives at most: each connection may have a head of 81 KiB on its way.
+const AUTO_CONNECTIONS: usize = 16 * 1024;
 /// One in so many of them may be a spill file.
 const SPILL_PART: usize = 8;
 
@@ -165,7 +167,7 @@ pub fn run(path: &Path) -> Result<u8, String> {
         control: control.clone(),
         counts: counts.clone(),
     });
-    let (command_sender, commands) = mpsc::channel(16);
+    let (command_sender, commands) = mpsc::channel(CHANNEL);
     let mut commands = Some(commands);
     let caps = caps(&settings);
     let mut connection_senders = Vec::new();
@@ -536,7 +538,7 @@ fn raise_descriptors() {
 /// A client and a connection to FPM for each, and some to spare.
 fn connections_by_descriptors() -> usize {
     let limit = descriptors();
-    ((limit - limit / SPILL_PART).saturating_sub(SPARE_DESCRIPTORS) / 2).max(16)
+    ((limit - limit / SPILL_PART).saturating_sub(SPARE_DESCRIPTORS) / 2).clamp(16, AUTO_CONNECTIONS)
 }
 
 /// Mode 0600 from its first moment: bound under a name of its own, then renamed. A socket that nobody answers on is replaced.

@@ -35,7 +35,7 @@ const SYSTEM: &[&str] = &[
     "/var/run/secrets/kubernetes.io",
 ];
 /// Streams that are opened by name.
-const DEVICES: &[&str] = &["/dev/null", "/dev/stdout", "/dev/stderr", "/dev/urandom", "/dev/random"];
+const DEVICES: &[&str] = &["/dev/null", "/dev/stdout", "/dev/stderr", "/dev/urandom", "/dev/random", "/dev/termination-log"];
 
 /// System calls that no proxy makes: to run or look into other programs, to change the machine, to load code into the kernel.
 const NEVER: &[i64] = &[
@@ -54,6 +54,13 @@ const NEVER: &[i64] = &[
     libc::SYS_finit_module,
     libc::SYS_delete_module,
     libc::SYS_kexec_load,
+    libc::SYS_kexec_file_load,
+    libc::SYS_pidfd_getfd,
+    libc::SYS_io_uring_setup,
+    libc::SYS_open_tree,
+    libc::SYS_move_mount,
+    libc::SYS_fsopen,
+    libc::SYS_fsmount,
     libc::SYS_bpf,
     libc::SYS_perf_event_open,
     libc::SYS_userfaultfd,
@@ -100,7 +107,7 @@ impl Folders {
         for site in config.all_sites() {
             folders.read_root(site.root.as_deref());
             if let Symlinks::Folders(all) = &site.symlinks {
-                all.iter().for_each(|folder| folders.read_root(Some(folder)));
+                all.iter().for_each(|folder| folders.read_folder(folder));
             }
             let routes = site.exact.values().flatten().chain(site.ordered.iter()).chain([&site.default_route]);
             for route in routes {
@@ -115,7 +122,9 @@ impl Folders {
         for set in config.upstreams.values().flat_map(|upstream| &upstream.sets) {
             folders.read_root(set.root.as_deref());
         }
-        folders.write.insert(settings.buffer.dir.clone());
+        add(&mut folders.write, Some(&settings.buffer.dir));
+        // It is made at the start.
+        let _ = settings.listen.admin.parent().map(std::fs::create_dir_all);
         folders.write_beside(&settings.listen.admin);
         let written = [settings.state.as_deref(), settings.drain.receipt.as_deref(), Some(Path::new(&*settings.log.access_file))];
         for file in written.into_iter().flatten().filter(|file| file.is_absolute()) {
@@ -124,25 +133,36 @@ impl Folders {
         folders
     }
 
-    /// A file, and whatever takes its place: it is replaced, not rewritten.
+    /// A file, and whatever takes its place: it is replaced, not rewritten. Where it is a link, also what lies beside its target: the next certificate.
     fn read_beside(&mut self, file: &Path) {
         let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        self.read_root(Some(folder));
+        self.read_folder(folder);
+        if let Ok(target) = file.canonicalize() {
+            add(&mut self.read, target.parent());
+        }
     }
 
+    /// Not in /dev: the streams there have rules of their own.
     fn write_beside(&mut self, file: &Path) {
-        self.write.extend(file.parent().map(Path::to_owned));
+        add(&mut self.write, file.parent().filter(|folder| !folder.starts_with("/dev")));
     }
 
-    /// A folder; where it is reached by a link, also what lies beside its target: the next release.
+    /// A folder and its neighbours: the next release may be one of them.
     fn read_root(&mut self, folder: Option<&Path>) {
-        let Some(folder) = folder else { return };
-        self.read.insert(folder.to_owned());
-        if let Ok(target) = folder.canonicalize()
-            && target != folder
-        {
-            self.read.extend(target.parent().map(Path::to_owned));
-            self.read.insert(target);
+        if let Some(folder) = folder {
+            self.read_folder(folder);
+            add(&mut self.read, folder.parent());
+        }
+    }
+
+    /// A folder; wherever a link is in its path, also what lies beside that one's target.
+    fn read_folder(&mut self, folder: &Path) {
+        add(&mut self.read, Some(folder));
+        for link in folder.ancestors().filter(|ancestor| ancestor.is_symlink()) {
+            if let Ok(target) = link.canonicalize() {
+                add(&mut self.read, target.parent());
+                add(&mut self.read, Some(&target));
+            }
         }
     }
 
@@ -154,6 +174,12 @@ impl Folders {
     }
 }
 
+/// A rule is for a folder that is there: for one that is not yet the next one above it, but never for everything.
+fn add(all: &mut BTreeSet<PathBuf>, folder: Option<&Path>) {
+    let there = folder.into_iter().flat_map(Path::ancestors).find(|folder| folder.is_dir());
+    all.extend(there.filter(|folder| folder.parent().is_some()).map(Path::to_owned));
+}
+
 /// For this thread and those that it starts from now on. Gives how far the kernel goes along, in words.
 ///
 /// # Errors
@@ -163,10 +189,6 @@ pub fn confine(folders: &Folders) -> Result<String, String> {
     let abi = ABI::V5;
     let wrong = |error: &dyn std::fmt::Display| format!("sandbox: Landlock: {error}");
     let reads = AccessFs::ReadFile | AccessFs::ReadDir;
-    // A rule is for a folder that is there; that of the admin socket is made at the start.
-    for folder in &folders.write {
-        let _ = std::fs::create_dir_all(folder);
-    }
     // A pipe or socket has no rule, and needs none.
     let is_ruled = |path: &&&str| std::fs::metadata(path).is_ok_and(|of| of.is_file() || of.file_type().is_char_device());
     let devices = DEVICES.iter().filter(is_ruled);

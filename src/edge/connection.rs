@@ -40,9 +40,10 @@ use crate::{
 const MAX_STREAMS: u32 = 128;
 const H2_PING_EVERY: Duration = Duration::from_secs(20);
 const H2_PING_TIMEOUT: Duration = Duration::from_secs(20);
-/// So many requests of an HTTP/2 connection, and more than half of all, may be taken back before there is an answer.
+/// So many requests of an HTTP/2 connection may be taken back before there is an answer, in so long: each may cost a run of PHP, which its worker does not give
+/// up (CVE-2023-44487, CVE-2025-8671). A browser whose user moves on takes back a few; a trusted proxy speaks for many.
 const MAX_TAKEN_BACK: u64 = 100;
-const TAKEN_BACK: &str = "it takes its requests back again and again";
+const TAKEN_BACK_WINDOW: Duration = Duration::from_secs(10);
 /// hyper's floor for its read buffer.
 const MIN_BUFFER: usize = 8 * 1024;
 const MAX_HEADERS: usize = 256;
@@ -239,15 +240,24 @@ impl Way<'_> {
             .serve_connection(TokioIo::new(batch.clone()), service);
         tokio::pin!(connection);
         let leaving = Cell::new(false);
+        let from = peer.remote.ip().to_canonical();
+        let is_trusted = listen.trusted_proxies.iter().any(|net| net.contains(&from));
         loop {
             let end = self
                 .under_deadlines(|cx| {
                     progress.leaving.set(context.phase.get() >= Phase::Draining);
                     let worn = listen.max_requests_per_connection.is_some_and(|max| progress.served.get() >= max);
-                    if takes_back(progress) {
-                        return Poll::Ready(Err(TAKEN_BACK.into()));
+                    let taken_back = progress.taken_back.get();
+                    let abused = taken_back > MAX_TAKEN_BACK && !is_trusted;
+                    if abused && !leaving.get() {
+                        let detail = format!("{taken_back} requests in {TAKEN_BACK_WINDOW:?}; the connection takes no more");
+                        (context.refused)(peer, &Error::new(Kind::TakenBack, detail));
                     }
-                    if !leaving.get() && (worn || context.phase.get() >= Phase::Draining) {
+                    // Who does not hear GOAWAY does not wait for what runs either.
+                    if abused && taken_back > 2 * MAX_TAKEN_BACK {
+                        return Poll::Ready(Ok(()));
+                    }
+                    if !leaving.get() && (worn || abused || context.phase.get() >= Phase::Draining) {
                         leaving.set(true);
                         connection.as_mut().graceful_shutdown();
                     }
@@ -264,10 +274,6 @@ impl Way<'_> {
                     connection.as_mut().graceful_shutdown();
                     progress.since.set(Instant::now());
                 }
-                Ok(Err(_)) if takes_back(progress) => {
-                    let detail = format!("{} of {} requests", progress.taken_back.get(), progress.served.get());
-                    return (context.refused)(peer, &Error::new(Kind::TakenBack, detail));
-                }
                 Ok(Err(error)) => return ended(context, peer, &*error),
                 _ => return,
             }
@@ -275,17 +281,13 @@ impl Way<'_> {
     }
 }
 
-/// Each of them may cost a run of PHP, which its worker does not give up (CVE-2023-44487, CVE-2025-8671). A browser whose user moves on takes back a few.
-fn takes_back(progress: &Progress) -> bool {
-    let taken_back = progress.taken_back.get();
-    taken_back > MAX_TAKEN_BACK && taken_back * 2 > progress.served.get()
-}
-
 /// What h2 has refused by itself is said and counted; a client that has gone is not.
 fn ended(context: &Shared, peer: &Peer, error: &(dyn std::error::Error + 'static)) {
-    let mut causes = std::iter::successors(Some(error), |error| error.source());
-    let gone = causes
-        .any(|cause| cause.is::<std::io::Error>() || cause.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_closed));
+    let gone = std::iter::successors(Some(error), |error| error.source()).any(|cause| {
+        cause.is::<std::io::Error>()
+            || cause.downcast_ref::<hyper::Error>().is_some_and(|error| error.is_closed() || error.is_timeout())
+            || cause.downcast_ref::<h2::Error>().is_some_and(|error| error.is_remote() || error.is_io())
+    });
     let why = std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string).collect::<Vec<_>>().join(": ");
     match gone {
         true => tracing::debug!(peer = %peer.remote, error = why, "HTTP/2 connection ended"),
@@ -484,7 +486,7 @@ impl Drop for Started {
         let left = progress.in_flight.get().saturating_sub(1);
         progress.in_flight.set(left);
         if !self.answered {
-            progress.taken_back.set(progress.taken_back.get() + 1);
+            progress.took_back(TAKEN_BACK_WINDOW);
         }
         if left == 0 {
             progress.enter(Stage::Idle);

@@ -53,8 +53,9 @@ pub struct Progress {
     pub stage: Cell<Stage>,
     pub since: Cell<Instant>,
     pub in_flight: Cell<usize>,
-    /// Requests that their client has taken back before their answer was whole.
+    /// Requests that their client has taken back before there was an answer, since `counted_from`.
     pub taken_back: Cell<u64>,
+    counted_from: Cell<Instant>,
     pub served: Cell<u64>,
     /// HTTP/2 has no stages: its head deadline is h2's own.
     pub multiplexed: Cell<bool>,
@@ -82,6 +83,7 @@ impl Progress {
             since: Cell::new(Instant::now()),
             in_flight: Cell::new(0),
             taken_back: Cell::new(0),
+            counted_from: Cell::new(Instant::now()),
             served: Cell::new(0),
             multiplexed: Cell::new(false),
             may_park: Cell::new(false),
@@ -101,6 +103,16 @@ impl Progress {
         self.stage.set(stage);
         self.since.set(clock::now());
         self.line_bytes.set(Some(0));
+    }
+
+    /// A request was taken back before there was an answer.
+    pub fn took_back(&self, window: Duration) {
+        let now = clock::now();
+        if now > self.counted_from.get() + window {
+            self.counted_from.set(now);
+            self.taken_back.set(0);
+        }
+        self.taken_back.set(self.taken_back.get() + 1);
     }
 
     pub fn wake(&self) {
@@ -358,6 +370,8 @@ impl AsyncWrite for Io {
         self.progress.may_park.set(false);
         ready!(either!(&mut self.stream, inner => inner.poll_shutdown(cx)))?;
         if self.progress.linger.get() || self.progress.leaving.get() {
+            // No longer that of a head: what was to be said of it is said.
+            self.progress.stage.set(Stage::Busy);
             ready!(self.poll_linger(cx));
         }
         Poll::Ready(Ok(()))

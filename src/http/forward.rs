@@ -489,6 +489,7 @@ fn encode(
 async fn read_head(exchange: &mut Exchange, read_timeout: Duration, log: &mut PhpLog) -> Result<(Head, Bytes), Error> {
     let limits = response::Limits::default();
     let mut partial = BytesMut::new();
+    let mut lines = 0;
     loop {
         let event = clock::timeout(read_timeout, exchange.event()).await.ok_or_else(|| {
             let what = if exchange.is_sent() { "no answer" } else { "the request body was not taken" };
@@ -505,16 +506,22 @@ async fn read_head(exchange: &mut Exchange, read_timeout: Duration, log: &mut Ph
             }
         };
         let mut whole = bytes;
+        let ended = memchr::memchr_iter(b'\n', &whole).count();
+        lines += ended;
         if !partial.is_empty() {
             partial.extend_from_slice(&whole);
-            // Looked through again only where a line has ended, of which there are not so many: a head may come byte by byte.
-            if memchr::memchr(b'\n', &whole).is_none() && partial.len() <= limits.max_bytes {
+            // Looked through again only where a line has ended: a head may come byte by byte.
+            if ended == 0 && partial.len() <= limits.max_bytes {
                 continue;
             }
-            whole = partial.split().freeze();
+            whole = std::mem::take(&mut partial).freeze();
         }
         match response::parse_head(&whole, &limits) {
             Err(error) => return Err(Error::new(Kind::UpstreamHeaders, error.to_string())),
+            // And so as many times as it may have lines at most.
+            Ok(None) if lines > limits.max_headers => {
+                return Err(Error::new(Kind::UpstreamHeaders, format!("more than {} lines of headers", limits.max_headers)));
+            }
             // Without a copy: it is its only owner.
             Ok(None) => partial = whole.into(),
             Ok(Some((head, used))) => return Ok((head, whole.slice(used..))),

@@ -26,15 +26,16 @@ async fn in_the_sandbox_only_what_the_configuration_names_can_be_read() {
     let folder = tempfile::tempdir().unwrap();
     let releases = folder.path().join("releases");
     for (release, text) in [("1", "one"), ("2", "two")] {
-        fs::create_dir_all(releases.join(release)).unwrap();
-        fs::write(releases.join(release).join("page.txt"), text).unwrap();
+        fs::create_dir_all(releases.join(release).join("web")).unwrap();
+        fs::write(releases.join(release).join("web/page.txt"), text).unwrap();
     }
     // What an intruder would look for, through a link in the root.
-    fs::create_dir(folder.path().join("secrets")).unwrap();
-    fs::write(folder.path().join("secrets/key.txt"), "secret").unwrap();
-    symlink(folder.path().join("secrets/key.txt"), releases.join("1/link.txt")).unwrap();
+    let secrets = tempfile::tempdir().unwrap();
+    fs::write(secrets.path().join("key.txt"), "secret").unwrap();
+    symlink(secrets.path().join("key.txt"), releases.join("1/web/link.txt")).unwrap();
     symlink(releases.join("1"), folder.path().join("current")).unwrap();
-    let root = folder.path().join("current").display().to_string();
+    // The link is in the middle, as releases have it.
+    let root = folder.path().join("current/web").display().to_string();
     let site = format!("[[site]]\nroot = \"{root}\"\nsymlinks = \"follow\"\n");
     let off = toml(&fpm.address().to_string(), "", "workers_per_endpoint = 4").replace("[[site]]\n", &site);
     let on = format!("sandbox = \"on\"\n{off}[buffer]\ndir = \"{{DIR}}\"\n");
@@ -72,8 +73,15 @@ async fn in_the_sandbox_only_what_the_configuration_names_can_be_read() {
     .await;
     proxy.rewrite(&on.replace("workers_per_endpoint = 4", "workers_per_endpoint = 5"));
     assert!(proxy.cli_ok(&["reload"]).await.contains("applied"));
+    // The next release beside this one, as the manifests have it: a root of its own, made after the start.
+    let next = releases.join("3/web");
+    fs::create_dir_all(&next).unwrap();
+    fs::write(next.join("page.txt"), "three").unwrap();
+    proxy.rewrite(&on.replace(&format!("root = \"{root}\""), &format!("root = \"{}\"", next.display())));
+    assert!(proxy.cli_ok(&["reload"]).await.contains("applied"));
+    assert_eq!(http::get(proxy.http(), "/page.txt").await.unwrap().text(), "three");
     // A folder beyond it is refused with the reason, not served as empty.
-    proxy.rewrite(&on.replace(&format!("root = \"{root}\""), &format!("root = \"{}\"", folder.path().join("secrets").display())));
+    proxy.rewrite(&on.replace(&format!("root = \"{root}\""), &format!("root = \"{}\"", secrets.path().display())));
     let refused = proxy.cli(&["reload"]).await;
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(
