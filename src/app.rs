@@ -30,7 +30,7 @@ use crate::{
         build::{self, Before},
         config::{self, Config},
         reconcile::{Change, Listeners, Reconciler},
-        sandbox::{self, Folders},
+        sandbox,
         slices::AllFound,
         state::State,
         status,
@@ -77,7 +77,7 @@ const POOL_THREADS: usize = 64;
 const SPARE_DESCRIPTORS: usize = 64;
 /// What "auto" gives at most: each connection may have a head of 81 KiB on its way.
 const AUTO_CONNECTIONS: usize = 16 * 1024;
-/// One in so many of them may be a spill file.
+/// One in so many descriptors may be a spill file's.
 const SPILL_PART: usize = 8;
 
 /// Runs until asked to end. Exit code 0, or 3 if requests were cut.
@@ -89,11 +89,12 @@ pub fn run(path: &Path) -> Result<u8, String> {
         .map_err(|problems| problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))?;
     let settings = config.settings.clone();
     // Before the first thread, so that it is for all of them.
-    let sandboxed = settings.sandbox.then(|| sandbox::confine(&Folders::of(&config))).transpose()?;
+    let sandboxed = settings.sandbox.then(|| sandbox::enter(&config)).transpose()?;
     let log = Arc::new(crate::telemetry::tracing::init(settings.log.format, &settings.log.level)?);
-    if let Some(by) = sandboxed {
+    let sandbox = sandboxed.map(|(folders, by)| {
         tracing::info!(by, "sandboxed");
-    }
+        folders
+    });
     raise_descriptors();
     for warning in config.warnings_now() {
         tracing::warn!("{warning}");
@@ -141,6 +142,7 @@ pub fn run(path: &Path) -> Result<u8, String> {
         drained: Arc::default(),
         instance: format!("{:016x}", rand::random::<u64>()).into(),
         contacts: Arc::default(),
+        sandbox,
         told: Mutex::new(Told { warnings: config.warnings.clone(), ..Told::default() }),
     });
     metrics.set_source({

@@ -72,7 +72,7 @@ fn check(
 fn counts(config: &Config) -> String {
     let count = |number: usize, what: &str| format!("{number} {what}{}", if number == 1 { "" } else { "s" });
     let sites = config.all_sites();
-    let routes = sites.iter().map(|site| site.ordered.len() + site.exact.values().map(Vec::len).sum::<usize>()).sum();
+    let routes = sites.iter().map(|site| site.routes().count()).sum();
     [count(sites.len(), "site"), count(config.upstreams.len(), "upstream"), count(routes, "route")].join(", ")
 }
 

@@ -26,7 +26,11 @@ use super::{
     reconcile::{self, Change, Swap, SwapOrder},
     status,
 };
-use crate::{lifecycle::Phase, lifecycle::drain::CutRequest, telemetry::metrics};
+use crate::{
+    lifecycle::{Phase, drain::CutRequest},
+    model::peer::is_within,
+    telemetry::metrics,
+};
 
 type Answer = Response<Full<bytes::Bytes>>;
 
@@ -196,7 +200,6 @@ fn ops(control: &Control, peer: IpAddr, request: &Request<Incoming>) -> Answer {
         return text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD\n");
     }
     let path = request.uri().path();
-    let listed = |nets: &[ipnet::IpNet]| nets.iter().any(|net| net.contains(&peer));
     match path {
         "/livez" => {
             let hung = control.hung_workers();
@@ -212,7 +215,7 @@ fn ops(control: &Control, peer: IpAddr, request: &Request<Incoming>) -> Answer {
             response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(metrics::CONTENT_TYPE));
             response
         }
-        "/status" | "/vote" if !listed(&control.store.load().settings.listen.ops_allow) => {
+        "/status" | "/vote" if !is_within(peer, &control.store.load().settings.listen.ops_allow) => {
             text(StatusCode::FORBIDDEN, format!("{peer} is not in listen.ops_allow\n"))
         }
         "/status" => json(StatusCode::OK, &status::status(control)),

@@ -63,6 +63,8 @@ pub struct Control {
     pub instance: Arc<str>,
     /// How fresh what Kubernetes has told is.
     pub contacts: Arc<kubernetes::Contacts>,
+    /// What the process may read and write; `None`: it is not sandboxed.
+    pub sandbox: Option<sandbox::Folders>,
     pub told: Mutex<Told>,
 }
 

@@ -137,8 +137,6 @@ pub struct Reconciler {
     peers: Peers,
     /// Endpoints that a snapshot has dropped: one that comes back before its last request has ended is the same, with its slots.
     dropped: Vec<Weak<Endpoint>>,
-    /// What the process may read and write, where it is sandboxed.
-    sandbox: Folders,
 }
 
 impl Reconciler {
@@ -181,7 +179,6 @@ impl Reconciler {
         Reconciler {
             control,
             path,
-            sandbox: Folders::of(&config),
             config,
             switch: state.switch,
             listeners,
@@ -320,7 +317,7 @@ impl Reconciler {
             return Ok(false);
         }
         needs_restart(&self.config.settings, &config.settings)?;
-        within_sandbox(&self.sandbox, &config)?;
+        within_sandbox(self.control.sandbox.as_ref(), &config)?;
         let mut switch = self.switch.clone();
         switch.prune(&config.upstreams);
         self.retire(&config);
@@ -494,10 +491,8 @@ impl From<InFlight> for CutRequest {
 }
 
 /// The sandbox lasts as long as the process.
-fn within_sandbox(sandbox: &Folders, config: &config::Config) -> Result<(), String> {
-    if !config.settings.sandbox {
-        return Ok(());
-    }
+fn within_sandbox(sandbox: Option<&Folders>, config: &Config) -> Result<(), String> {
+    let Some(sandbox) = sandbox else { return Ok(()) };
     let beyond: Vec<String> = Folders::of(config).beyond(sandbox).iter().map(|folder| folder.display().to_string()).collect();
     if beyond.is_empty() { Ok(()) } else { Err(format!("the sandbox was made without {}: needs a restart", beyond.join(", "))) }
 }

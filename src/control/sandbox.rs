@@ -109,8 +109,7 @@ impl Folders {
             if let Symlinks::Folders(all) = &site.symlinks {
                 all.iter().for_each(|folder| folders.read_folder(folder));
             }
-            let routes = site.exact.values().flatten().chain(site.ordered.iter()).chain([&site.default_route]);
-            for route in routes {
+            for route in site.routes().chain([&site.default_route]) {
                 if let Some(auth) = &route.basic_auth {
                     folders.read_beside(&auth.file);
                 }
@@ -123,8 +122,6 @@ impl Folders {
             folders.read_root(set.root.as_deref());
         }
         add(&mut folders.write, Some(&settings.buffer.dir));
-        // It is made at the start.
-        let _ = settings.listen.admin.parent().map(std::fs::create_dir_all);
         folders.write_beside(&settings.listen.admin);
         let written = [settings.state.as_deref(), settings.drain.receipt.as_deref(), Some(Path::new(&*settings.log.access_file))];
         for file in written.into_iter().flatten().filter(|file| file.is_absolute()) {
@@ -180,11 +177,19 @@ fn add(all: &mut BTreeSet<PathBuf>, folder: Option<&Path>) {
     all.extend(there.filter(|folder| folder.parent().is_some()).map(Path::to_owned));
 }
 
-/// For this thread and those that it starts from now on. Gives how far the kernel goes along, in words.
+/// For this thread and those that it starts from now on, in the folders of `config`. Gives those, and how far the kernel goes along, in words.
 ///
 /// # Errors
 /// It could have been confined, and was not.
-pub fn confine(folders: &Folders) -> Result<String, String> {
+pub fn enter(config: &Config) -> Result<(Folders, String), String> {
+    // The socket's is made at the start, by which it would not be there yet; one that cannot be made is said where it is bound.
+    let _ = config.settings.listen.admin.parent().map(std::fs::create_dir_all);
+    let folders = Folders::of(config);
+    let by = confine(&folders)?;
+    Ok((folders, by))
+}
+
+fn confine(folders: &Folders) -> Result<String, String> {
     // The newest that this knows; an older kernel does what it can.
     let abi = ABI::V5;
     let wrong = |error: &dyn std::fmt::Display| format!("sandbox: Landlock: {error}");

@@ -33,7 +33,7 @@ use super::{
 use crate::{
     error::{Error, Kind},
     lifecycle::{Phase, PhaseCell},
-    model::{Peer, Settings, clock},
+    model::{Peer, Settings, clock, peer::is_within},
 };
 
 /// h2 resets what goes beyond; its own default is 200.
@@ -240,8 +240,7 @@ impl Way<'_> {
             .serve_connection(TokioIo::new(batch.clone()), service);
         tokio::pin!(connection);
         let leaving = Cell::new(false);
-        let from = peer.remote.ip().to_canonical();
-        let is_trusted = listen.trusted_proxies.iter().any(|net| net.contains(&from));
+        let is_trusted = is_within(peer.remote.ip(), &listen.trusted_proxies);
         loop {
             let end = self
                 .under_deadlines(|cx| {
@@ -283,12 +282,13 @@ impl Way<'_> {
 
 /// What h2 has refused by itself is said and counted; a client that has gone is not.
 fn ended(context: &Shared, peer: &Peer, error: &(dyn std::error::Error + 'static)) {
-    let gone = std::iter::successors(Some(error), |error| error.source()).any(|cause| {
+    let causes: Vec<_> = std::iter::successors(Some(error), |error| error.source()).collect();
+    let gone = causes.iter().any(|cause| {
         cause.is::<std::io::Error>()
             || cause.downcast_ref::<hyper::Error>().is_some_and(|error| error.is_closed() || error.is_timeout())
             || cause.downcast_ref::<h2::Error>().is_some_and(|error| error.is_remote() || error.is_io())
     });
-    let why = std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string).collect::<Vec<_>>().join(": ");
+    let why = causes.iter().map(ToString::to_string).collect::<Vec<_>>().join(": ");
     match gone {
         true => tracing::debug!(peer = %peer.remote, error = why, "HTTP/2 connection ended"),
         false => (context.refused)(peer, &Error::new(Kind::BadRequest, why)),
@@ -302,8 +302,7 @@ async fn open(mut stream: Watched, mut peer: Peer, settings: &Settings) -> Resul
         (error.kind() != std::io::ErrorKind::UnexpectedEof).then(|| Error::new(kind, error.to_string()))
     };
     if settings.listen.proxy_protocol {
-        let from = peer.remote.ip().to_canonical();
-        if !settings.listen.trusted_proxies.iter().any(|net| net.contains(&from)) {
+        if !is_within(peer.remote.ip(), &settings.listen.trusted_proxies) {
             let why = std::io::Error::other("proxy_protocol is required, and this peer is no trusted proxy");
             return Err(refused(Kind::ProxyHeader, why));
         }

@@ -133,9 +133,7 @@ impl Progress {
         if self.stage.get() == Stage::Head
             && let Some(before) = self.line_bytes.get()
         {
-            let empty = if before == 0 { bytes.iter().take_while(|byte| matches!(byte, b'\r' | b'\n')).count() } else { 0 };
-            // Empty lines before a request are allowed (RFC 9112, section 2.2).
-            let line = &bytes[empty..];
+            let line = if before == 0 { &bytes[empty_lines(bytes)..] } else { bytes };
             let end = memchr::memchr(b'\n', line);
             let length = before + end.unwrap_or(line.len());
             self.line_too_long.set(length > self.max_line_bytes);
@@ -152,6 +150,11 @@ impl Progress {
             Poll::Pending => self.stall.blocked(),
         }
     }
+}
+
+/// How many bytes of empty lines there are at the beginning: they may stand before a request (RFC 9112, section 2.2).
+fn empty_lines(bytes: &[u8]) -> usize {
+    bytes.iter().take_while(|byte| matches!(byte, b'\r' | b'\n')).count()
 }
 
 /// The socket, and what its peer takes: below TLS, which has a buffer of its own and would take everything at once.
@@ -272,10 +275,9 @@ impl Io {
         self.prefix = prefix;
     }
 
-    /// What hyper had read of the next request when it was asked to end: of a request that has begun, but for the empty lines that may stand before one
-    /// (RFC 9112, section 2.2).
+    /// What hyper had read of the next request when it was asked to end: of a request that has begun, but for empty lines.
     pub fn take_back(&mut self, mut read: Bytes) {
-        read.advance(read.iter().take_while(|byte| matches!(byte, b'\r' | b'\n')).count());
+        read.advance(empty_lines(&read));
         self.progress.received(&read);
         self.prefix = read;
     }

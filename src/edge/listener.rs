@@ -23,7 +23,11 @@ use tokio::{
     time::Instant,
 };
 
-use crate::{lifecycle::drain::Open, model::Peer, telemetry::seldom::Seldom};
+use crate::{
+    lifecycle::drain::Open,
+    model::{Peer, peer::is_within},
+    telemetry::seldom::Seldom,
+};
 
 const BACKLOG: i32 = 4096;
 /// After an error that only time mends (no file descriptors).
@@ -98,7 +102,7 @@ impl Counts {
 
     fn take(self: &Arc<Self>, address: IpAddr, caps: &Caps) -> Option<Permit> {
         let counted = match caps.per_address {
-            Some(max) if !caps.trusted.iter().any(|net| net.contains(&address)) => Some(self.take_address(address, max)?),
+            Some(max) if !is_within(address, &caps.trusted) => Some(self.take_address(address, max)?),
             _ => None,
         };
         let worker = self.fewest();

@@ -208,8 +208,6 @@ pub struct Exchange {
     read_size: usize,
     wrote: bool,
     read: bool,
-    /// END_REQUEST has come, or nothing more can.
-    over: bool,
     /// A write failed; what FPM may have answered before is still read.
     write_error: Option<io::Error>,
 }
@@ -228,7 +226,6 @@ impl Exchange {
             read_size: READ_BYTES,
             wrote: false,
             read: false,
-            over: false,
             write_error: None,
         }
     }
@@ -260,7 +257,6 @@ impl Exchange {
             }
             match ready!(self.poll_fill(cx)) {
                 Ok(0) => {
-                    self.over = true;
                     let detail = match &self.write_error {
                         Some(error) => format!("writing the request: {error}"),
                         None if self.read => "closed in the middle of its answer".to_owned(),
@@ -269,10 +265,7 @@ impl Exchange {
                     return Poll::Ready(Err(self.fail(Kind::UpstreamClosed, detail)));
                 }
                 Ok(_) => self.read = true,
-                Err(error) => {
-                    self.over = true;
-                    return Poll::Ready(Err(self.fail(Kind::UpstreamClosed, format!("reading the answer: {error}"))));
-                }
+                Err(error) => return Poll::Ready(Err(self.fail(Kind::UpstreamClosed, format!("reading the answer: {error}")))),
             }
         }
     }
@@ -282,7 +275,6 @@ impl Exchange {
     }
 
     fn on_frame(&mut self, frame: Frame) -> Result<Event, Error> {
-        self.over = matches!(frame, Frame::End { .. });
         match frame {
             Frame::Stdout(bytes) => Ok(Event::Stdout(bytes)),
             Frame::Stderr(bytes) => Ok(Event::Stderr(bytes)),
@@ -308,7 +300,7 @@ impl Exchange {
 
     /// Whether FPM may still be at work on it: then its worker is busy, whatever became of the request.
     pub fn may_go_on(&self) -> bool {
-        self.wrote && !self.over && self.state != State::Failed
+        self.wrote && matches!(self.state, State::Sending | State::Sent)
     }
 
     /// Whether the whole request has been handed to the kernel.

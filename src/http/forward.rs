@@ -45,9 +45,6 @@ const SMALL_BODY: usize = 16 * 1024;
 /// Answers up to this size are not counted against `buffer.total`: connections and their streams bound those.
 const UNCOUNTED: usize = 16 * 1024;
 
-/// Pieces of an answer up to this size are copied together: a script may write byte by byte.
-const SMALL_PIECE: usize = 1024;
-
 /// Everything about a request that PHP is to answer.
 pub struct Php<'a> {
     pub settings: &'a Settings,
@@ -346,7 +343,7 @@ async fn attempt(
     };
     let bodiless = php.parts.method == Method::HEAD || matches!(head.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
 
-    let mut pieces = Pieces::with_small(SMALL_PIECE);
+    let mut pieces = Pieces::of_answer();
     pieces.push_first(rest);
     match take_ready(&mut exchange, &mut pieces, php.settings.buffer.memory, &mut log).await {
         Some(Err(error)) => {

@@ -6,8 +6,13 @@ use bytes::{Bytes, BytesMut};
 
 use crate::fastcgi::record;
 
+/// hyper reads a body into buffers that are larger than this.
+const SMALL_OF_BODY: usize = 32 * 1024;
+/// A script may write byte by byte.
+const SMALL_OF_ANSWER: usize = 1024;
+
 /// Small pieces are copied together: each kept by itself would hold the whole buffer that it was read into.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Pieces {
     all: VecDeque<Bytes>,
     /// Of the small ones that came last.
@@ -19,9 +24,19 @@ pub struct Pieces {
 }
 
 impl Pieces {
+    /// For what a client sends.
+    pub fn of_body() -> Self {
+        Pieces::with_small(SMALL_OF_BODY)
+    }
+
+    /// For what FPM says.
+    pub fn of_answer() -> Self {
+        Pieces::with_small(SMALL_OF_ANSWER)
+    }
+
     /// Pieces of up to so many bytes are copied together.
-    pub fn with_small(small: usize) -> Self {
-        Pieces { small, ..Pieces::default() }
+    fn with_small(small: usize) -> Self {
+        Pieces { all: VecDeque::new(), tail: BytesMut::new(), bytes: 0, small }
     }
 
     pub fn bytes(&self) -> usize {
@@ -123,6 +138,20 @@ mod tests {
         assert_eq!(pieces.pop().unwrap(), "abcd");
         assert_eq!(pieces.bytes(), 9);
         assert_eq!(pieces.whole().iter().collect::<Vec<_>>(), ["efghij", "klm"]);
+    }
+
+    #[test]
+    fn small_pieces_are_copied_together_and_large_ones_are_not_in_the_order_in_which_they_came() {
+        let large = Bytes::from(vec![b'L'; SMALL_OF_BODY + 1]);
+        let mut pieces = Pieces::of_body();
+        let small = (0..100_000u32).map(|n| Bytes::from(vec![(n % 251) as u8]));
+        let all: Vec<Bytes> = small.clone().chain([large.clone()]).chain(small).chain([large.clone(), large.clone()]).collect();
+        all.iter().cloned().for_each(|piece| pieces.push(piece));
+        let pieces = pieces.whole();
+        assert_eq!(pieces.bytes(), all.iter().map(Bytes::len).sum::<usize>());
+        assert!(pieces.iter().count() <= 7, "{} pieces", pieces.iter().count());
+        assert!(pieces.iter().any(|piece| piece.as_ptr() == large.as_ptr()), "a large one is not copied");
+        assert_eq!(pieces.iter().flatten().copied().collect::<Vec<u8>>(), all.concat());
     }
 
     #[test]

@@ -37,8 +37,6 @@ pub const TOO_LONG: &str = "PHP has written more than its Content-Length says; t
 const BATCH_BYTES: usize = 256 * 1024;
 /// So much of an answer may be in memory beyond the budget.
 const LITTLE: usize = 8 * 1024;
-/// Pieces up to this size are copied together.
-const SMALL_PIECE: usize = 1024;
 /// So long FPM waits for a reader that keeps up before a file is begun, as often as that one has moved, but no longer in all than PATIENCE: a client that
 /// takes the answer as it comes needs no file, and a worker is not held for one that does not.
 const PATIENCE_AT_ONCE: Duration = Duration::from_millis(2);
@@ -125,7 +123,7 @@ fn wake(waker: &mut Option<Waker>) {
 /// The two ends. `first` is what has been read already.
 pub fn pipe(first: Pieces, length: Option<u64>, buffers: &Buffers) -> (Pump, PipeBody) {
     let mut memory = buffers.memory.share();
-    let (queue, rest) = if memory.grow(first.bytes()) { (first, None) } else { (Pieces::default(), Some(first)) };
+    let (queue, rest) = if memory.grow(first.bytes()) { (first, None) } else { (Pieces::of_answer(), Some(first)) };
     let pipe = Pipe { queue, memory, spill: None, no_disk: false, ended: None, reader: None, writer: None, reader_gone: false };
     let pipe = Rc::new(RefCell::new(pipe));
     let body = PipeBody { pipe: pipe.clone(), buffers: buffers.clone(), reading: None, left: length, told: length.unwrap_or(0) };
@@ -146,7 +144,7 @@ pub async fn spilt(bytes: Bytes, buffers: &Buffers, dir: PathBuf) -> io::Result<
     file.write(&buffers.pool, vec![bytes], 0).await?;
     let length = length as u64;
     let pipe = Pipe {
-        queue: Pieces::default(),
+        queue: Pieces::of_answer(),
         memory: buffers.memory.share(),
         spill: Some(Spill { file, read: 0, written: length, high: length, disk }),
         no_disk: false,
@@ -205,7 +203,7 @@ impl Pump {
 
     /// What FPM has written since, and how it ended if it did. Returns as soon as there is a sign of life, or nobody to read it.
     async fn gather(&self, exchange: &mut Exchange, on_stderr: &mut impl FnMut(Bytes)) -> (Pieces, Option<Result<(), Error>>) {
-        let mut batch = Pieces::with_small(SMALL_PIECE);
+        let mut batch = Pieces::of_answer();
         // Where the budget is used up, what is read is beyond it.
         let most = if self.buffers.memory.has_room(BATCH_BYTES) { BATCH_BYTES } else { LITTLE };
         let end = poll_fn(|cx| {
@@ -444,7 +442,7 @@ impl Drop for PipeBody {
     fn drop(&mut self) {
         let mut pipe = self.pipe.borrow_mut();
         pipe.reader_gone = true;
-        pipe.queue = Pieces::default();
+        pipe.queue = Pieces::of_answer();
         pipe.memory.clear();
         wake(&mut pipe.writer);
     }

@@ -13,7 +13,7 @@ use crate::{
     error::Kind,
     model::{
         Route, Site, SiteTable,
-        peer::without_port,
+        peer::{is_within, without_port},
         rules::{Scheme, Wanted, When},
         site::{Files, Origin, Pattern, ScriptPattern},
         text::argument,
@@ -99,8 +99,7 @@ impl Asked<'_> {
     }
 
     fn is_from(&self, networks: &[IpNet]) -> bool {
-        let from = self.from.to_canonical();
-        networks.iter().any(|net| net.contains(&from))
+        is_within(self.from, networks)
     }
 }
 

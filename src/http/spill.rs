@@ -37,6 +37,17 @@ impl Budget {
         self.used.load(Ordering::Relaxed)
     }
 
+    /// The same bytes, counted to their end; as they are where the budget does not have them.
+    pub fn counted(self: &Arc<Self>, bytes: Bytes) -> Result<Bytes, Bytes> {
+        let mut share = self.share();
+        if share.grow(bytes.len()) { Ok(Bytes::from_owner(Counted { bytes, _share: share })) } else { Err(bytes) }
+    }
+
+    /// Whether there is room for so many bytes more, as it looks now.
+    pub fn has_room(&self, bytes: usize) -> bool {
+        self.used().saturating_add(bytes as u64) <= self.limit.load(Ordering::Relaxed)
+    }
+
     /// An empty share that can grow.
     pub fn share(self: &Arc<Self>) -> Share {
         Share { budget: self.clone(), bytes: 0 }
@@ -88,19 +99,6 @@ struct Counted {
 impl AsRef<[u8]> for Counted {
     fn as_ref(&self) -> &[u8] {
         &self.bytes
-    }
-}
-
-impl Budget {
-    /// The same bytes, counted to their end; as they are where the budget does not have them.
-    pub fn counted(self: &Arc<Self>, bytes: Bytes) -> Result<Bytes, Bytes> {
-        let mut share = self.share();
-        if share.grow(bytes.len()) { Ok(Bytes::from_owner(Counted { bytes, _share: share })) } else { Err(bytes) }
-    }
-
-    /// Whether there is room for so many bytes more, as it looks now.
-    pub fn has_room(&self, bytes: usize) -> bool {
-        self.used().saturating_add(bytes as u64) <= self.limit.load(Ordering::Relaxed)
     }
 }
 

@@ -43,7 +43,7 @@ use crate::{
     model::{
         Peer, Route, Settings, Site,
         names::X_REQUEST_ID,
-        peer::{ClientInfo, without_port},
+        peer::{ClientInfo, is_within, without_port},
         rules::{BasicAuth, ErrorPage, Maintenance},
         site::Symlinks,
     },
@@ -99,7 +99,7 @@ pub async fn serve(worker: Rc<Worker>, peer: Peer, request: Request<Incoming>) -
         let snapshot = worker.dispatcher.store.load();
         (snapshot.settings.clone(), snapshot.sites.clone())
     };
-    let trusted = real_ip::is_trusted(peer.remote.ip(), &settings.listen.trusted_proxies);
+    let trusted = is_within(peer.remote.ip(), &settings.listen.trusted_proxies);
 
     // First of all, so that everything that follows can be told apart in the log.
     let id = RequestId::of(&parts.headers, trusted);
@@ -599,7 +599,7 @@ impl Asks<'_> {
             return Err(Error::new(Kind::BadPath, "PATH_INFO is not UTF-8".to_owned()));
         };
         // Until when somebody waits for the answer: whoever is not trusted would only shorten its own time, and fill the log with it.
-        let is_trusted = || real_ip::is_trusted(peer.remote.ip(), &settings.listen.trusted_proxies);
+        let is_trusted = || is_within(peer.remote.ip(), &settings.listen.trusted_proxies);
         let deadline = deadline::patience(&parts.headers).filter(|_| is_trusted()).map(|patience| record.started + patience);
         // Only PHP sees them: what chose the route and the file is what the client has sent.
         let edited = Filled::new(&route.request_headers, None, &variables).map(|edits| {

@@ -2,6 +2,8 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use ipnet::IpNet;
+
 /// The two ends of an accepted TCP connection.
 #[derive(Clone, Copy, Debug)]
 pub struct Peer {
@@ -28,6 +30,12 @@ pub struct ClientInfo {
     pub server_port: u16,
     /// The effective authority with its port where the client gave one: HTTP_HOST. Empty for HTTP/1.0 without Host.
     pub host: String,
+}
+
+/// Whether `address` is in one of the networks; an IPv4 address mapped into IPv6 counts as IPv4.
+pub fn is_within(address: IpAddr, networks: &[IpNet]) -> bool {
+    let address = address.to_canonical();
+    networks.iter().any(|net| net.contains(&address))
 }
 
 /// An authority's name alone: `example.com:8080` is `example.com`, `[::1]:8080` is `[::1]` (RFC 3875, section 4.1.14).

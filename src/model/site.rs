@@ -45,6 +45,13 @@ pub struct Site {
     pub default_route: Arc<Route>,
 }
 
+impl Site {
+    /// Every route but the site's own, in no order that means anything.
+    pub fn routes(&self) -> impl Iterator<Item = &Arc<Route>> {
+        self.exact.values().flatten().chain(self.ordered.iter())
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PhpRoot {
     /// The same path as FPM's as here.

@@ -12,7 +12,7 @@ use super::{
     upstreams::Upstreams,
 };
 use crate::model::{
-    Route, Site, SiteTable,
+    Site, SiteTable,
     rules::When,
     settings::Drain,
     site::{Pattern, PhpRoot, ScriptPattern, Symlinks},
@@ -271,7 +271,7 @@ fn symlinks(v: &Value<'_>) -> Option<Symlinks> {
 
 /// Whether everything that PHP is asked to run can be run.
 fn check_php(t: &Reader<'_>, site: &Site, upstreams: &Upstreams, tried: &[Tried]) {
-    let all = routes_of(site).chain(std::iter::once(&site.default_route));
+    let all = site.routes().chain(std::iter::once(&site.default_route));
     let mut used: Vec<&str> = all.filter_map(|route| route.upstream.as_deref()).collect();
     used.sort_unstable();
     used.dedup();
@@ -308,11 +308,6 @@ fn check_php(t: &Reader<'_>, site: &Site, upstreams: &Upstreams, tried: &[Tried]
             t.report.problem(*at, format!("`try_files` ends in \"{last}\", which `scripts` does not declare"), Some(help));
         }
     }
-}
-
-/// Every route but the site's own, in no order that means anything.
-fn routes_of(site: &Site) -> impl Iterator<Item = &Arc<Route>> {
-    site.exact.values().flatten().chain(site.ordered.iter())
 }
 
 /// A declared script, or a file that is no PHP. The endings are those that http::route never serves as files.

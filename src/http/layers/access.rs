@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use crate::{
     error::{Error, Kind},
-    model::rules::Access,
+    model::{peer::is_within, rules::Access},
 };
 
 /// `deny` first; then, where `allow` names anybody, all others are refused.
@@ -12,10 +12,8 @@ use crate::{
 /// # Errors
 /// 403.
 pub fn check(access: &Access, address: IpAddr) -> Result<(), Error> {
-    let address = address.to_canonical();
-    let denied = access.deny.iter().any(|net| net.contains(&address));
-    if denied || !access.allow.is_empty() && !access.allow.iter().any(|net| net.contains(&address)) {
-        return Err(Error::new(Kind::Forbidden, format!("{address} may not")));
+    if is_within(address, &access.deny) || !access.allow.is_empty() && !is_within(address, &access.allow) {
+        return Err(Error::new(Kind::Forbidden, format!("{} may not", address.to_canonical())));
     }
     Ok(())
 }

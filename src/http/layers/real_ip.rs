@@ -14,17 +14,11 @@ use ipnet::IpNet;
 use super::guards::{port_of, valid_host};
 use crate::model::{
     names::{X_FORWARDED_FOR, X_FORWARDED_HOST, X_FORWARDED_PORT, X_FORWARDED_PROTO},
-    peer::{ClientInfo, Peer},
+    peer::{ClientInfo, Peer, is_within},
 };
 
 /// Hops that are looked at; a chain longer than that is nobody's.
 const MAX_HOPS: usize = 64;
-
-/// Whether `address` is in one of the networks; an IPv4 address mapped into IPv6 counts as IPv4.
-pub fn is_trusted(address: IpAddr, trusted_proxies: &[IpNet]) -> bool {
-    let address = address.to_canonical();
-    trusted_proxies.iter().any(|net| net.contains(&address))
-}
 
 /// `tls`: the peer speaks TLS with us. `host`: the effective authority, from `guards::effective_host`.
 ///
@@ -42,7 +36,7 @@ pub fn client(peer: &Peer, tls: bool, headers: &HeaderMap, host: &str, trusted_p
         server_port: peer.local.port(),
         host: host.to_owned(),
     };
-    if peer.is_untold || !is_trusted(direct.address, trusted_proxies) {
+    if peer.is_untold || !is_within(direct.address, trusted_proxies) {
         return direct;
     }
     let x_forwarded = [X_FORWARDED_FOR, X_FORWARDED_PROTO, X_FORWARDED_HOST, X_FORWARDED_PORT];
@@ -78,7 +72,7 @@ fn x_forwarded_headers(headers: &HeaderMap, trusted_proxies: &[IpNet]) -> Told {
     for hop in hops.take(MAX_HOPS) {
         let Some(found) = str::from_utf8(hop).ok().and_then(|text| node(text.trim())) else { break };
         client = Some(found);
-        if !is_trusted(found.0, trusted_proxies) {
+        if !is_within(found.0, trusted_proxies) {
             break;
         }
     }
@@ -133,7 +127,7 @@ fn forwarded_header(headers: &HeaderMap, trusted_proxies: &[IpNet]) -> Told {
         }
         let Some(found) = element.node.as_deref().and_then(node) else { break };
         told.client = Some(found);
-        if !is_trusted(found.0, trusted_proxies) {
+        if !is_within(found.0, trusted_proxies) {
             break;
         }
     }
