@@ -12,7 +12,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::support::{children, ports};
+use super::support::{children, ports, usage::resident};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Peer {
@@ -221,12 +221,7 @@ impl Running {
 
     /// What it holds of memory: resident bytes.
     pub fn rss(&self) -> u64 {
-        let of = |pid: u32| -> Option<u64> {
-            let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-            let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
-            line.trim().split(' ').next()?.parse::<u64>().ok()
-        };
-        self.pids().into_iter().filter_map(of).sum::<u64>() * 1024
+        self.pids().into_iter().filter_map(resident).sum()
     }
 
     pub fn folder(&self) -> &Path {

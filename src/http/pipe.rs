@@ -84,6 +84,12 @@ struct Spill {
     disk: Share,
 }
 
+impl Pipe {
+    fn new(queue: Pieces, memory: Share) -> Self {
+        Pipe { queue, memory, spill: None, no_disk: false, ended: None, reader: None, writer: None, reader_gone: false }
+    }
+}
+
 impl Spill {
     fn is_read(&self) -> bool {
         self.read == self.written
@@ -124,8 +130,7 @@ fn wake(waker: &mut Option<Waker>) {
 pub fn pipe(first: Pieces, length: Option<u64>, buffers: &Buffers) -> (Pump, PipeBody) {
     let mut memory = buffers.memory.share();
     let (queue, rest) = if memory.grow(first.bytes()) { (first, None) } else { (Pieces::of_answer(), Some(first)) };
-    let pipe = Pipe { queue, memory, spill: None, no_disk: false, ended: None, reader: None, writer: None, reader_gone: false };
-    let pipe = Rc::new(RefCell::new(pipe));
+    let pipe = Rc::new(RefCell::new(Pipe::new(queue, memory)));
     let body = PipeBody { pipe: pipe.clone(), buffers: buffers.clone(), reading: None, left: length, told: length.unwrap_or(0) };
     (Pump { pipe, buffers: buffers.clone(), first: rest }, body)
 }
@@ -143,16 +148,8 @@ pub async fn spilt(bytes: Bytes, buffers: &Buffers, dir: PathBuf) -> io::Result<
     let file = SpillFile::create(buffers, dir).await?;
     file.write(&buffers.pool, vec![bytes], 0).await?;
     let length = length as u64;
-    let pipe = Pipe {
-        queue: Pieces::of_answer(),
-        memory: buffers.memory.share(),
-        spill: Some(Spill { file, read: 0, written: length, high: length, disk }),
-        no_disk: false,
-        ended: Some(Ok(())),
-        reader: None,
-        writer: None,
-        reader_gone: false,
-    };
+    let spill = Some(Spill { file, read: 0, written: length, high: length, disk });
+    let pipe = Pipe { spill, ended: Some(Ok(())), ..Pipe::new(Pieces::of_answer(), buffers.memory.share()) };
     Ok(PipeBody { pipe: Rc::new(RefCell::new(pipe)), buffers: buffers.clone(), reading: None, left: Some(length), told: length })
 }
 

@@ -189,7 +189,7 @@ async fn an_answer_by_the_byte_takes_no_more_memory_than_it_has_bytes() {
         if endpoint["busy"] == 0 { Ok(()) } else { Err(endpoint.to_string()) }
     })
     .await;
-    let grown = Usage::of(proxy.pid()).rss.saturating_sub(before.rss);
+    let grown = before.grown(proxy.pid());
     for client in &mut clients {
         let answer = within(PATIENCE, "the answer", client.read_response("GET")).await.unwrap();
         assert_eq!(answer.body.len(), BYTES);

@@ -205,7 +205,7 @@ async fn a_flood_of_continuation_ends_the_connection_and_takes_no_memory() {
     }
     let verdict = wire.verdict(1).await;
     assert!(verdict.is_refusal(), "{verdict:?} after {sent}");
-    let grown = Usage::of(proxy.pid()).rss.saturating_sub(before.rss);
+    let grown = before.grown(proxy.pid());
     assert!(grown < 64 << 20, "{grown} bytes");
     assert!(fpm.requests().is_empty());
     still_answers(&proxy).await;
@@ -231,7 +231,7 @@ async fn an_hpack_bomb_is_refused_and_takes_no_memory() {
     let verdict = wire.verdict(1).await;
     // 431 is no status of the static table.
     assert!(verdict.is_refusal() || matches!(verdict, Verdict::Answered(first) if first != 0x88), "{verdict:?}");
-    let grown = Usage::of(proxy.pid()).rss.saturating_sub(before.rss);
+    let grown = before.grown(proxy.pid());
     assert!(grown < 64 << 20, "{grown} bytes");
     assert!(fpm.requests().is_empty());
     still_answers(&proxy).await;
@@ -266,7 +266,7 @@ async fn floods_of_small_frames_take_no_memory_and_stop_nobody() {
         let asked = Instant::now();
         still_answers(&proxy).await;
         let took = asked.elapsed();
-        let grown = Usage::of(proxy.pid()).rss.saturating_sub(before.rss);
+        let grown = before.grown(proxy.pid());
         assert!(grown < 64 << 20, "{name}: {grown} bytes");
         println!("{name}: {sent} frames, {} KiB, the next client waited {took:?}", grown >> 10);
     }

@@ -11,17 +11,28 @@ pub struct Usage {
     pub threads: usize,
 }
 
+/// What of `pid` is resident, in bytes; `None` where it is gone.
+pub fn resident(pid: u32) -> Option<u64> {
+    Some(number(&fs::read_to_string(format!("/proc/{pid}/status")).ok()?, "VmRSS:")? * 1024)
+}
+
+fn number(status: &str, name: &str) -> Option<u64> {
+    status.lines().find_map(|line| line.strip_prefix(name))?.split_whitespace().next()?.parse().ok()
+}
+
 impl Usage {
+    /// How many bytes more than then are resident now.
+    pub fn grown(&self, pid: u32) -> u64 {
+        Usage::of(pid).rss.saturating_sub(self.rss)
+    }
+
     pub fn of(pid: u32) -> Usage {
         let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
-        let number = |name: &str| {
-            let line = status.lines().find_map(|line| line.strip_prefix(name)).expect("every process has it");
-            line.trim_start_matches(':').split_whitespace().next().and_then(|word| word.parse::<u64>().ok()).expect("a number")
-        };
+        let of = |name| number(&status, name).expect("every process has it");
         Usage {
-            rss: number("VmRSS") * 1024,
+            rss: of("VmRSS:") * 1024,
             descriptors: fs::read_dir(format!("/proc/{pid}/fd")).expect("it is ours").count(),
-            threads: number("Threads") as usize,
+            threads: of("Threads:") as usize,
         }
     }
 }
