@@ -67,6 +67,8 @@ use crate::{
     },
 };
 
+/// So many idle connections a worker closes at each beat while there are too many.
+const CLOSED_AT_ONCE: usize = 64;
 const HEARTBEAT_EVERY: Duration = Duration::from_millis(100);
 const WATCH_EVERY: Duration = Duration::from_secs(1);
 const FLUSH_LIMIT: Duration = Duration::from_secs(1);
@@ -407,15 +409,18 @@ async fn worker(
         counts: parts.counts.clone(),
     });
     tokio::task::spawn_local(dispatcher.clone().sweep());
-    tokio::task::spawn_local(do_tasks(tasks, dispatcher, registry, sinks.clone()));
+    tokio::task::spawn_local(do_tasks(tasks, dispatcher, registry.clone(), sinks.clone()));
     tokio::task::spawn_local({
-        let heartbeats = parts.heartbeats.clone();
+        let parts = parts.clone();
         async move {
             loop {
-                if let Some(beat) = heartbeats.get(index) {
+                if let Some(beat) = parts.heartbeats.get(index) {
                     beat.store(now_ms(), Ordering::Relaxed);
                 }
                 sinks.access.tick();
+                if parts.counts.wants_a_place() {
+                    (0..registry.close_idle(CLOSED_AT_ONCE)).for_each(|_| sinks.metrics.shed("idle_connection"));
+                }
                 tokio::time::sleep(HEARTBEAT_EVERY).await;
             }
         }
@@ -425,10 +430,8 @@ async fn worker(
         let (worker, shared, shard) = (worker.clone(), shared.clone(), shard.clone());
         let service = move |peer: Peer| tower::service_fn(move |request| stack::serve(worker.clone(), peer, request));
         tokio::task::spawn_local(async move {
-            shard.connection_opened();
+            let _counted = (permit, shard.connection());
             connection::serve(shared, stream, peer, service).await;
-            shard.connection_closed();
-            drop(permit);
         });
     });
     if let Some((commands, counts, caps)) = accept {

@@ -166,3 +166,33 @@ async fn long_image() {
     assert_eq!((answer.status, answer.colour()), (200, Some("green")));
     assert_eq!(podman.ok(&["wait", container.1]), "0", "{}", logs());
 }
+
+/// docker/sbom names every crate of the binary with its version, checksum and licence, and none that only tests need.
+#[test]
+#[ignore = "builds cargo-cyclonedx, some minutes: tests/long image"]
+fn long_image_sbom() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("sbom.json");
+    let made = Command::new("docker/sbom").arg(&file).output().unwrap();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let sbom: serde_json::Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    let components = sbom["components"].as_array().unwrap();
+    let listed: Vec<(&str, &str)> =
+        components.iter().map(|c| (c["name"].as_str().unwrap(), c["version"].as_str().unwrap())).collect();
+    let tree = Command::new(env!("CARGO"))
+        .args(["tree", "--locked", "--edges", "normal", "--prefix", "none", "--format", "{p}"])
+        .output()
+        .unwrap();
+    for line in String::from_utf8(tree.stdout).unwrap().lines().filter(|line| !line.starts_with("slackwater ")) {
+        let (name, rest) = line.split_once(" v").unwrap();
+        let version = rest.split(' ').next().unwrap();
+        assert!(listed.contains(&(name, version)), "{name} {version} is not in the list");
+    }
+    for name in ["criterion", "proptest", "rcgen"] {
+        assert!(!listed.iter().any(|(listed, _)| *listed == name), "{name} is for tests alone");
+    }
+    for component in components {
+        assert!(component["hashes"][0]["content"].is_string() && component["licenses"][0].is_object(), "{component}");
+    }
+    println!("{} crates, each with its checksum and licence", components.len());
+}

@@ -75,6 +75,7 @@ where
 {
     let settings = (context.settings)();
     let progress = Progress::new(settings.listen.max_uri_bytes);
+    progress.is_trusted.set(is_within(peer.remote.ip(), &settings.listen.trusted_proxies));
     let _entry = context.registry.add(progress.clone());
     let stream = Watched::new(stream, progress.clone());
     let opened = if peer.tls || settings.listen.proxy_protocol {
@@ -392,7 +393,7 @@ fn next_deadline(context: &Shared, settings: &Settings, progress: &Progress) -> 
     let stage = match progress.stage.get() {
         Stage::Busy => None,
         Stage::Head => Some((since + settings.listen.header_timeout, End::HeadTimeout)),
-        Stage::Idle if context.phase.get() >= Phase::Aborting => Some((since, End::Idle)),
+        Stage::Idle if progress.unwanted.get() || context.phase.get() >= Phase::Aborting => Some((since, End::Idle)),
         Stage::Idle if context.phase.get() >= Phase::Draining => Some((since + settings.drain.quiet, End::Idle)),
         // Not while an answer is still on its way.
         Stage::Idle if progress.may_park.get() && PARK_AFTER < settings.listen.idle_timeout && !progress.stall.is_blocked() => {

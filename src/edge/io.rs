@@ -73,6 +73,10 @@ pub struct Progress {
     pub stall: Stall,
     /// Set from outside: end now.
     pub abort: Cell<bool>,
+    /// Set from outside: idle, it is to make room for another.
+    pub unwanted: Cell<bool>,
+    /// Its peer is a trusted proxy.
+    pub is_trusted: Cell<bool>,
     pub waker: RefCell<Option<Waker>>,
 }
 
@@ -95,6 +99,8 @@ impl Progress {
             max_line_bytes: max_uri_bytes.saturating_add(64),
             stall: Stall::default(),
             abort: Cell::new(false),
+            unwanted: Cell::new(false),
+            is_trusted: Cell::new(false),
             waker: RefCell::new(None),
         })
     }

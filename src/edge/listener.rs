@@ -10,7 +10,7 @@ use std::{
     rc::Rc,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -82,6 +82,8 @@ pub struct Caps {
 pub struct Counts {
     workers: Vec<AtomicUsize>,
     open: Arc<Open>,
+    /// There are `max_connections`, and another client waits.
+    wanted: AtomicBool,
     /// Only addresses that have a connection are in it, so it is bounded by their number.
     by_address: Mutex<HashMap<IpAddr, usize>>,
 }
@@ -89,11 +91,17 @@ pub struct Counts {
 impl Counts {
     /// `open` counts them all.
     pub fn new(workers: usize, open: Arc<Open>) -> Arc<Self> {
-        Arc::new(Counts { workers: (0..workers).map(|_| AtomicUsize::new(0)).collect(), open, by_address: Mutex::default() })
+        let workers = (0..workers).map(|_| AtomicUsize::new(0)).collect();
+        Arc::new(Counts { workers, open, wanted: AtomicBool::new(false), by_address: Mutex::default() })
     }
 
     pub fn total(&self) -> usize {
         self.open.count()
+    }
+
+    /// A client waits for another one's place: whoever can is to give one up.
+    pub fn wants_a_place(&self) -> bool {
+        self.wanted.load(Ordering::Relaxed)
     }
 
     fn fewest(&self) -> usize {
@@ -181,6 +189,7 @@ pub async fn accept(mut commands: mpsc::Receiver<Command>, counts: Arc<Counts>, 
         sink,
         failures: Seldom::default(),
         refusals: Seldom::default(),
+        fullness: Seldom::default(),
     });
     let mut running: BTreeMap<SocketAddr, (oneshot::Sender<()>, tokio::task::JoinHandle<()>)> = BTreeMap::new();
     while let Some(command) = commands.recv().await {
@@ -215,24 +224,27 @@ struct Acceptor {
     caps: std::cell::RefCell<Caps>,
     failures: Seldom,
     refusals: Seldom,
+    fullness: Seldom,
     sink: Sink,
 }
 
 impl Acceptor {
     async fn run(self: Rc<Self>, listener: TcpListener, address: SocketAddr, mut stopped: oneshot::Receiver<()>) {
-        let mut full = false;
         loop {
             if self.counts.total() >= self.caps.borrow().connections {
-                if !full {
-                    tracing::warn!(%address, connections = self.counts.total(), "max_connections reached; new connections wait in the backlog");
+                if has_waiting(&listener) {
+                    self.counts.wanted.store(true, Ordering::Relaxed);
+                    if let Some(unsaid) = self.fullness.may_say() {
+                        let connections = self.counts.total();
+                        tracing::warn!(%address, connections, unsaid, "max_connections reached; the longest idle connections are closed, new ones wait in the backlog");
+                    }
                 }
-                full = true;
                 tokio::select! {
                     () = tokio::time::sleep(BACK_OFF) => continue,
                     _ = &mut stopped => break,
                 }
             }
-            full = false;
+            self.counts.wanted.store(false, Ordering::Relaxed);
             tokio::select! {
                 biased;
                 accepted = listener.accept() => self.on_accept(accepted, address).await,
@@ -279,6 +291,12 @@ impl Acceptor {
             }
         }
     }
+}
+
+/// Whether accept(2) would give a connection.
+fn has_waiting(listener: &TcpListener) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    poll(&mut [PollFd::new(listener, PollFlags::IN)], Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
 }
 
 /// Errors of the connection that was to be accepted, not of the listener (accept(2)).

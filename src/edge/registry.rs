@@ -1,10 +1,14 @@
-//! The connections of one worker: to wake them when the phase changes, and to cut them at the end.
+//! The connections of one worker: to wake them when the phase changes, to close idle ones for want of places, and to cut them at the end.
 
-use std::{cell::RefCell, rc::Rc};
+use std::{cell::RefCell, rc::Rc, time::Duration};
 
 use slab::Slab;
+use tokio::time::Instant;
 
 use super::io::{Progress, Stage};
+
+/// Who has just had an answer, or has just come, is about to ask.
+const IDLE_FOR: Duration = Duration::from_secs(1);
 
 #[derive(Default)]
 pub struct Registry {
@@ -35,6 +39,30 @@ impl Registry {
             connection.abort.set(connection.in_flight.get() > 0 || connection.stage.get() == Stage::Head);
             connection.wake();
         }
+    }
+
+    /// Closes at most so many of those that wait for nothing, the longest idle ones; gives how many. Not those of trusted proxies: a load balancer would
+    /// send a request on one at the same moment, and have no client to tell.
+    pub fn close_idle(&self, most: usize) -> usize {
+        let since = Instant::now().checked_sub(IDLE_FOR);
+        let connections = self.connections.borrow();
+        let may_go = |progress: &&Rc<Progress>| {
+            progress.stage.get() == Stage::Idle
+                && !progress.is_trusted.get()
+                && !progress.unwanted.get()
+                && !progress.stall.is_blocked()
+                && Some(progress.since.get()) < since
+        };
+        let mut idle: Vec<_> = connections.iter().map(|(_, progress)| progress).filter(may_go).collect();
+        if idle.len() > most {
+            idle.select_nth_unstable_by_key(most, |progress| progress.since.get());
+            idle.truncate(most);
+        }
+        for progress in &idle {
+            progress.unwanted.set(true);
+            progress.wake();
+        }
+        idle.len()
     }
 
     pub fn len(&self) -> usize {

@@ -60,6 +60,9 @@ const ACME: &[u8] = b"/.well-known/acme-challenge/";
 /// As many as Nginx allows in one request.
 const MAX_REWRITES: usize = 10;
 
+/// Roots that a worker remembers; reloads may name ever new ones.
+const REAL_PATHS: usize = 16 * 1024;
+
 /// What the requests of one worker share.
 pub struct Worker {
     pub dispatcher: Rc<Dispatcher>,
@@ -86,7 +89,11 @@ impl Worker {
         let link = root.to_owned();
         let resolved = self.buffers.pool.spawn_blocking(move || std::fs::canonicalize(&link).unwrap_or(link)).await;
         let path = resolved.map_or_else(|_| root.to_string_lossy().into_owned(), |p| p.to_string_lossy().into_owned());
-        self.real_paths.borrow_mut().insert(root.to_owned(), (path.clone(), Instant::now()));
+        let mut known = self.real_paths.borrow_mut();
+        if known.len() >= REAL_PATHS {
+            known.clear();
+        }
+        known.insert(root.to_owned(), (path.clone(), Instant::now()));
         path
     }
 }

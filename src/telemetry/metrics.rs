@@ -335,12 +335,19 @@ impl Shard {
         add(&mut lock(&self.counts).shed, reason);
     }
 
-    pub fn connection_opened(&self) {
+    /// A connection has been accepted; it is open until what this gives is dropped.
+    pub fn connection(self: &Arc<Self>) -> OpenConnection {
         self.opened.fetch_add(1, Ordering::Release);
+        OpenConnection(self.clone())
     }
+}
 
-    pub fn connection_closed(&self) {
-        self.closed.fetch_add(1, Ordering::Release);
+/// One of `slackwater_connections`, also where its task panics.
+pub struct OpenConnection(Arc<Shard>);
+
+impl Drop for OpenConnection {
+    fn drop(&mut self) {
+        self.0.closed.fetch_add(1, Ordering::Release);
     }
 }
 

@@ -60,6 +60,11 @@ impl Log {
     }
 }
 
+/// Whether [`Log::set_level`] would take it.
+pub fn check(level: &str) -> Result<(), String> {
+    filter(level).map(drop)
+}
+
 fn filter(level: &str) -> Result<EnvFilter, String> {
     for part in level.split(',').map(str::trim) {
         let is_level = LEVELS.iter().any(|known| known.eq_ignore_ascii_case(part));

@@ -6,9 +6,11 @@ use crate::{
     case::{PATIENCE, toml},
     support::{
         cgroup::MemoryLimit,
+        clock::{FakeClock, days},
         gate::{Gate, eventually, within},
-        h2wire::{self, Wire},
+        h2wire::{self, Verdict, Wire},
         http::{self, Connection},
+        hung::HungThread,
         process::{Slackwater, Wait},
         scripted_fpm::{Behaviour, ScriptedFpm},
         usage::{Usage, allow_descriptors, first_free_descriptor},
@@ -48,7 +50,9 @@ async fn without_descriptors_no_pod_is_to_blame() {
 async fn without_descriptors_clients_wait_and_are_served_later() {
     let fpm = ScriptedFpm::start(Behaviour::hello("blue")).await;
     let proxy = Slackwater::start(&toml(&fpm.address().to_string(), "", "")).await;
-    assert_eq!(http::get(proxy.http(), "/a.php").await.unwrap().status, 200);
+    // Stays open: a descriptor that it gave back would let one client in, and none of that one's to FPM.
+    let mut first = Connection::open(proxy.http()).await.unwrap();
+    assert_eq!(first.get("/a.php").await.unwrap().status, 200);
     let skip = proxy.log().len();
     let before = allow_descriptors(proxy.pid(), first_free_descriptor(proxy.pid()));
     let address = proxy.http();
@@ -154,6 +158,169 @@ async fn terminated_before_it_was_ready_it_ends_at_once_and_well() {
     let began = std::time::Instant::now();
     assert_eq!(proxy.wait_exit(PATIENCE).await, 0);
     println!("ended {:?} after SIGTERM", began.elapsed());
+}
+
+/// All places are taken by clients that want nothing: the longest idle ones go, and whoever asks is answered. A load balancer's connections stay, for it may be
+/// sending on one at the same moment.
+#[tokio::test(flavor = "multi_thread")]
+async fn idle_clients_make_room_and_a_load_balancers_connections_stay() {
+    for (trusted, makes_room) in [("", true), ("trusted_proxies = [\"127.0.0.0/8\"]", false)] {
+        let fpm = ScriptedFpm::start(Behaviour::hello("blue")).await;
+        let listen = format!("max_connections = 6\nidle_timeout = \"10m\"\n{trusted}");
+        let proxy = Slackwater::start(&toml(&fpm.address().to_string(), &listen, "")).await;
+        // Three that have said nothing, two that have had their answer, and one that speaks HTTP/2.
+        let mut silent = Vec::new();
+        let mut served = Vec::new();
+        for _ in 0..3 {
+            silent.push(Connection::open(proxy.http()).await.unwrap());
+        }
+        for _ in 0..2 {
+            let mut client = Connection::open(proxy.http()).await.unwrap();
+            assert_eq!(client.get("/a.php").await.unwrap().status, 200);
+            served.push(client);
+        }
+        let mut wire = Wire::open(proxy.http(), &[]).await;
+        wire.send(&h2wire::get(1, "/a.php")).await;
+        assert_eq!(wire.verdict(1).await, Verdict::Answered(0x88));
+        let address = proxy.http();
+        let newcomer = tokio::spawn(async move { http::get(address, "/a.php").await });
+        proxy.wait_for_log("max_connections reached", PATIENCE).await;
+        if makes_room {
+            let began = std::time::Instant::now();
+            assert_eq!(within(PATIENCE, "an answer", newcomer).await.unwrap().unwrap().status, 200);
+            println!("a newcomer was served {:?} after all places were seen to be taken", began.elapsed());
+            let closed = proxy.metric(&["slackwater_shed_total", "idle_connection"]).await.unwrap();
+            assert!((1.0..=6.0).contains(&closed), "{closed}");
+        } else {
+            // As long as the others would have had to wait, ten times over.
+            tokio::time::sleep(Duration::from_secs(2)).await;
+            assert_eq!(proxy.metric(&["slackwater_shed_total", "idle_connection"]).await, None);
+            assert!(!newcomer.is_finished());
+            for client in &mut served {
+                assert_eq!(client.get("/a.php").await.unwrap().status, 200);
+            }
+            drop(silent.pop());
+            assert_eq!(within(PATIENCE, "an answer", newcomer).await.unwrap().unwrap().status, 200);
+        }
+    }
+}
+
+/// A worker's thread that does not come back from a call: `/livez` says which one, so that the kubelet starts the container anew; it takes that back when
+/// the worker does. The others go on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_hangs_fails_livez() {
+    let fpm = ScriptedFpm::start(Behaviour::hello("blue")).await;
+    let config = toml(&fpm.address().to_string(), "", "").replace("workers = 1", "workers = 2");
+    let proxy = Slackwater::start(&config).await;
+    assert_eq!(http::get(proxy.ops(), "/livez").await.unwrap().status, 200);
+    let mut hung = HungThread::of(proxy.pid(), "worker-1").await;
+    let began = std::time::Instant::now();
+    let said = eventually("/livez says so", async || match http::get(proxy.ops(), "/livez").await.unwrap() {
+        answer if answer.status == 503 => Ok(answer.text()),
+        answer => Err(answer.text()),
+    })
+    .await;
+    println!("/livez failed {:?} after the worker hung (promised: after 5 s)", began.elapsed());
+    assert_eq!(said, "no sign of life from workers [1] for 5 s\n");
+    let mut client = Connection::open(proxy.http()).await.unwrap();
+    // The worker with the fewest connections is the first one of those that have none.
+    assert_eq!(within(PATIENCE, "an answer of the other worker", client.get("/a.php")).await.unwrap().status, 200);
+    hung.let_go().await;
+    eventually("/livez takes it back", async || match http::get(proxy.ops(), "/livez").await.unwrap() {
+        answer if answer.status == 200 => Ok(()),
+        answer => Err(answer.text()),
+    })
+    .await;
+}
+
+/// The machine's time jumps a year ahead and then two back, while a request runs, one waits in the queue and a swap drains: no deadline moves.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clock_that_jumps_moves_no_deadline() {
+    let (blue_gate, green_gate) = (Gate::closed(), Gate::closed());
+    let blue = ScriptedFpm::start(Behaviour::hello("blue").holds_answer(&blue_gate)).await;
+    let green = ScriptedFpm::start(Behaviour::hello("green").holds_answer(&green_gate)).await;
+    let upstream = "active = \"blue\"\nworkers_per_endpoint = 1\nqueue = { timeout = \"20s\" }";
+    let config = toml(&blue.address().to_string(), "", upstream)
+        .replace("[[site]]", &format!("[upstream.php.set.green]\nendpoints = [\"{}\"]\n[[site]]", green.address()));
+    let clock = FakeClock::new();
+    let proxy = clock.env(Slackwater::builder(&config)).start().await;
+    let address = proxy.http();
+    let get = |path: &'static str| tokio::spawn(async move { http::get(address, path).await });
+    let held = get("/held.php");
+    blue.wait_begun(1).await;
+    proxy.cli_ok(&["swap", "php", "green"]).await;
+    let on_green = get("/green.php");
+    green.wait_begun(1).await;
+    let queued = get("/queued.php");
+    eventually("it waits", async || match proxy.metric(&["slackwater_upstream_queue_depth"]).await {
+        Some(1.0) => Ok(()),
+        other => Err(format!("{other:?}")),
+    })
+    .await;
+    let today = async || {
+        let lines = proxy.log().len();
+        assert_eq!(http::get(proxy.http(), "/%00").await.unwrap().status, 400);
+        let line = proxy.wait_for_log_after(lines, "%00", PATIENCE).await;
+        let entry: serde_json::Value = serde_json::from_str(&line).unwrap();
+        days(entry["time"].as_str().expect("a time"))
+    };
+    let now = today().await;
+    for (jump, difference) in [("+366d", 366.0), ("-731d", -731.0)] {
+        clock.jump(jump);
+        let then = eventually("the process sees another time", async || match today().await - now {
+            days if (days - difference).abs() < 4.0 => Ok(days),
+            days => Err(format!("{days} days")),
+        })
+        .await;
+        println!("the clock has jumped by {then:.0} days");
+        // Time enough for what would have been due.
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        assert!(!held.is_finished() && !on_green.is_finished() && !queued.is_finished(), "{}", proxy.log_text());
+        assert_eq!(http::get(proxy.ops(), "/livez").await.unwrap().status, 200);
+    }
+    blue_gate.open();
+    green_gate.open();
+    for request in [held, on_green, queued] {
+        assert_eq!(within(PATIENCE, "an answer", request).await.unwrap().unwrap().status, 200);
+    }
+    let receipt = eventually("the swap's receipt", async || {
+        let status = proxy.status().await;
+        status["drains"].as_array().and_then(|all| all.first().cloned()).ok_or_else(|| status["drains"].to_string())
+    })
+    .await;
+    assert!((0.0..60.0).contains(&receipt["seconds"].as_f64().unwrap()), "{receipt}");
+}
+
+/// Told to go while a swap still drains: what runs on the old set is finished, who waits for the swap is told how it ended, and both receipts are there.
+#[tokio::test(flavor = "multi_thread")]
+async fn terminated_during_a_swap_both_come_to_their_end() {
+    let gate = Gate::closed();
+    let blue = ScriptedFpm::start(Behaviour::hello("blue").holds_answer(&gate)).await;
+    let green = ScriptedFpm::start(Behaviour::hello("green")).await;
+    let config = toml(&blue.address().to_string(), "", "active = \"blue\"\nworkers_per_endpoint = 4")
+        .replace("[[site]]", &format!("[upstream.php.set.green]\nendpoints = [\"{}\"]\n[[site]]", green.address()))
+        + "[drain]\ngrace = \"30s\"\nlame_duck = \"0s\"\nmargin = \"1s\"\n";
+    let mut proxy = Slackwater::start(&config).await;
+    let address = proxy.http();
+    let held = tokio::spawn(async move { http::get(address, "/held.php").await });
+    blue.wait_begun(1).await;
+    let mut swap = Connection::open_unix(proxy.admin()).await.unwrap();
+    let order = br#"{"upstream":"php","set":"green","wait":true,"timeout_seconds":25}"#;
+    swap.send(http::request("POST", "/swap", &[("Content-Length", &order.len().to_string())], order)).await.unwrap();
+    eventually("it has turned", async || match proxy.status().await["upstreams"]["php"]["active"].clone() {
+        active if active == "green" => Ok(()),
+        active => Err(active.to_string()),
+    })
+    .await;
+    proxy.terminate();
+    proxy.wait_for_log("Draining", PATIENCE).await;
+    gate.open();
+    assert_eq!(held.await.unwrap().unwrap().text(), "blue hello\n");
+    let told = within(PATIENCE, "the swap's outcome", swap.read_response("POST")).await.expect("an answer before the process ends");
+    assert_eq!(told.json()["ok"], true, "{}", told.text());
+    assert_eq!(told.json()["receipt"]["cut"].as_array().map(Vec::len), Some(0), "{}", told.text());
+    assert_eq!(proxy.wait_exit(PATIENCE).await, 0);
+    assert!(proxy.log_text().contains("drained"), "{}", proxy.log_text());
 }
 
 /// Clients that ask for much and read nothing, on both versions of HTTP, and such that send much: beyond `buffer.total` they get 503 or wait, and the

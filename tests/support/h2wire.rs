@@ -104,6 +104,29 @@ pub fn request(method: &str, path: &str) -> Vec<u8> {
     block(&[(b":method", method.as_bytes()), (b":scheme", b"http"), (b":path", path.as_bytes()), (b":authority", b"example.com")])
 }
 
+/// `:status`, which an answer's header block begins with: indexed, or a literal of digits with or without Huffman coding (RFC 7541, appendices A and B).
+pub fn status(block: &[u8]) -> Option<u16> {
+    const INDEXED: [u16; 7] = [200, 204, 206, 304, 400, 404, 500];
+    match *block {
+        [first @ 0x88..=0x8e, ..] => INDEXED.get(usize::from(first) - 0x88).copied(),
+        [0x48 | 0x08 | 0x18, 3, a, b, c, ..] => std::str::from_utf8(&[a, b, c]).ok()?.parse().ok(),
+        [0x48 | 0x08 | 0x18, length @ 0x82..=0x83, ref rest @ ..] => {
+            let bits: Vec<u8> =
+                rest.iter().take(usize::from(length & 0x7f)).flat_map(|byte| (0..8).rev().map(move |n| byte >> n & 1)).collect();
+            let number = |bits: &[u8]| bits.iter().fold(0_u16, |number, bit| number << 1 | u16::from(*bit));
+            let (mut at, mut status) = (0, 0);
+            for _ in 0..3 {
+                let short = number(bits.get(at..at + 5)?);
+                // 0 to 2 have five bits, 3 to 9 six.
+                let (digit, length) = if short < 3 { (short, 5) } else { (number(bits.get(at..at + 6)?).checked_sub(22)?, 6) };
+                (at, status) = (at + length, status * 10 + digit);
+            }
+            Some(status)
+        }
+        _ => None,
+    }
+}
+
 impl Wire {
     /// Connected, with the preface and these settings sent.
     pub async fn open(address: SocketAddr, settings: &[(u16, u32)]) -> Wire {
@@ -136,6 +159,20 @@ impl Wire {
                 Err(_) => return Err(()),
                 Ok(Ok(0) | Err(_)) => return Ok(None),
                 Ok(Ok(_)) => {}
+            }
+        }
+    }
+
+    /// The status of `stream`'s answer, or what became of it instead.
+    pub async fn answer(&mut self, stream: u32) -> Result<u16, String> {
+        loop {
+            match self.next().await {
+                Ok(Some(frame)) if frame.kind == HEADERS && frame.stream == stream => {
+                    return status(&frame.payload).ok_or_else(|| format!("no status in {:02x?}", frame.payload));
+                }
+                Ok(Some(frame)) if matches!(frame.kind, RST_STREAM | GOAWAY) => return Err(format!("{frame:?}")),
+                Ok(Some(_)) => {}
+                other => return Err(format!("{other:?}")),
             }
         }
     }

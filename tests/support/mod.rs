@@ -5,7 +5,8 @@
 //! Pretending to be the client: [`http`] (raw HTTP/1.1), [`h2wire`] (HTTP/2 by the frame), [`ledger`] (never retries, checks every byte),
 //! [`load_balancer`] (reuses connections, checks health, notices late), [`relay`] (a network in between).
 //! Around it: [`apiserver`] (Kubernetes, as far as it is asked), [`cluster`] (that one or a real one), [`netns`] (where pods have addresses of
-//! their own). The proxy itself: [`process`]. The rest: [`pattern`] and [`sha1`] (bytes that can be checked), [`ports`],
+//! their own). The proxy itself: [`process`], [`clock`] (its wall clock), [`hung`] (a thread of it that does not come back),
+//! [`usage`] and [`cgroup`] (what it has taken, and what it may take). The rest: [`pattern`] and [`sha1`] (bytes that can be checked), [`ports`],
 //! [`children`] (processes that do not outlive the test), [`gate`] (waiting without sleeping), [`snapshot`] (the data plane without a process).
 
 #![allow(dead_code, reason = "every test binary compiles all of this and uses its part")]
@@ -13,11 +14,13 @@
 pub mod apiserver;
 pub mod cgroup;
 pub mod children;
+pub mod clock;
 pub mod cluster;
 pub mod fastcgi;
 pub mod gate;
 pub mod h2wire;
 pub mod http;
+pub mod hung;
 pub mod ledger;
 pub mod load_balancer;
 pub mod netns;

@@ -245,6 +245,10 @@ fn level(v: &Value<'_>) -> Option<String> {
             }
         }
     }
+    // Here, where the place in the file is known: a reload has no other reason to fail half done.
+    if let Err(why) = crate::telemetry::tracing::check(text) {
+        return v.refuse(why, "write a level, or by module: \"info,slackwater::upstream=debug\"");
+    }
     Some(text.to_owned())
 }
 

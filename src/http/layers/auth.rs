@@ -5,7 +5,7 @@
 
 use std::{
     collections::HashMap,
-    hash::{BuildHasher, RandomState},
+    hash::{BuildHasher, Hash, RandomState},
     path::{Path, PathBuf},
     sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant, SystemTime},
@@ -24,7 +24,7 @@ use crate::error::{Error, Kind};
 
 const REMEMBERED: Duration = Duration::from_secs(60);
 const LOOKED_AT_AGAIN: Duration = Duration::from_secs(1);
-/// Right answers that are remembered; one more forgets all.
+/// Right answers, and files, that are remembered; one more forgets all.
 const MOST: usize = 10_000;
 /// A file of 100,000 users.
 const MOST_BYTES: u64 = 16 << 20;
@@ -58,6 +58,14 @@ static STATE: LazyLock<State> = LazyLock::new(|| State {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn remember<K: Eq + Hash, V>(known: &Mutex<HashMap<K, V>>, key: K, value: V) {
+    let mut known = lock(known);
+    if known.len() >= MOST {
+        known.clear();
+    }
+    known.insert(key, value);
 }
 
 /// User and password as they were sent; `None`: none were, or what was is malformed.
@@ -115,11 +123,7 @@ pub async fn is_right(pool: &Handle, file: &Path, user: String, password: String
         .await
         .map_err(|e| broken(e.to_string()))?;
     if right {
-        let mut known = lock(&STATE.right);
-        if known.len() >= MOST {
-            known.clear();
-        }
-        known.insert(key, Instant::now() + REMEMBERED);
+        remember(&STATE.right, key, Instant::now() + REMEMBERED);
     }
     Ok(right)
 }
@@ -144,7 +148,7 @@ fn users(file: &Path) -> Result<Read, String> {
         // Without the lock: a file system that hangs holds up those alone who need this file.
         None => Arc::new(parse(&std::fs::read_to_string(file).map_err(|e| e.to_string())?)),
     };
-    lock(&STATE.files).insert(file.to_owned(), Users { looked: Instant::now(), version, hashes: hashes.clone() });
+    remember(&STATE.files, file.to_owned(), Users { looked: Instant::now(), version, hashes: hashes.clone() });
     Ok((hashes, version))
 }
 
