@@ -56,9 +56,10 @@ use crate::{
     },
     model::{
         Peer, Settings,
+        settings::Tracing,
         upstream::{Preflight, SetConfig},
     },
-    telemetry::{access_log::AccessLog, metrics::Metrics, sink::Target, tracing::Log},
+    telemetry::{access_log::AccessLog, metrics::Metrics, sink::Target, trace::Traces, tracing::Log},
     upstream::{
         Dispatcher, Snapshot, Store,
         dispatch::now_ms,
@@ -121,6 +122,7 @@ pub fn run(path: &Path) -> Result<u8, String> {
     };
     let access = AccessLog::start(&settings.log, Target::from(&*settings.log.access_file))
         .map_err(|e| format!("access_file {}: {e}", settings.log.access_file))?;
+    let traces = start_traces(&settings.tracing)?;
     let store = Arc::new(Store::new(snapshot));
     let phase = Arc::new(PhaseCell::default());
     let metrics = Metrics::new(workers);
@@ -148,9 +150,15 @@ pub fn run(path: &Path) -> Result<u8, String> {
         told: Mutex::new(Told { warnings: config.warnings.clone(), ..Told::default() }),
     });
     metrics.set_source({
-        let (control, buffers, access) = (Arc::downgrade(&control), buffers.clone(), access.clone());
+        let (control, buffers, access, traces) = (Arc::downgrade(&control), buffers.clone(), access.clone(), traces.clone());
         Box::new(move || match control.upgrade() {
-            Some(control) => status::gauges(&control, buffers.memory.used(), buffers.disk.used(), access.lost()),
+            Some(control) => crate::telemetry::metrics::Gauges {
+                buffer_memory_bytes: buffers.memory.used(),
+                buffer_disk_bytes: buffers.disk.used(),
+                access_log_lost: access.lost(),
+                traces_lost: traces.as_ref().map_or(0, Traces::lost),
+                ..status::gauges(&control)
+            },
             None => crate::telemetry::metrics::Gauges::default(),
         })
     });
@@ -170,6 +178,7 @@ pub fn run(path: &Path) -> Result<u8, String> {
         heartbeats,
         control: control.clone(),
         counts: counts.clone(),
+        traces: traces.clone(),
     });
     let (command_sender, commands) = mpsc::channel(CHANNEL);
     let mut commands = Some(commands);
@@ -220,8 +229,23 @@ pub fn run(path: &Path) -> Result<u8, String> {
     ));
     let _ = std::fs::remove_file(&settings.listen.admin);
     access.flush_and_stop(FLUSH_LIMIT);
+    if let Some(traces) = traces {
+        traces.flush(FLUSH_LIMIT);
+    }
     log.flush_and_stop(FLUSH_LIMIT);
     Ok(if cut { 3 } else { 0 })
+}
+
+#[cfg(feature = "otlp")]
+fn start_traces(settings: &Tracing) -> Result<Option<Traces>, String> {
+    (!settings.endpoint.is_empty()).then(|| crate::telemetry::otlp::start(settings)).transpose()
+}
+
+/// The configuration has refused an endpoint.
+#[cfg(not(feature = "otlp"))]
+#[expect(clippy::unnecessary_wraps, reason = "as with the feature")]
+fn start_traces(_: &Tracing) -> Result<Option<Traces>, String> {
+    Ok(None)
 }
 
 /// The control plane's thread: signals, changes, probes, the admin socket, and the way out. Gives whether anything was cut.
@@ -373,6 +397,7 @@ struct WorkerParts {
     heartbeats: Arc<[AtomicU64]>,
     control: Arc<Control>,
     counts: Arc<Counts>,
+    traces: Option<Traces>,
 }
 
 type Acceptor = (mpsc::Receiver<Command>, Arc<Counts>, Caps);
@@ -392,6 +417,7 @@ async fn worker(
         metrics: shard.clone(),
         phase: parts.phase.clone(),
         drained: parts.control.drained.clone(),
+        traces: parts.traces.clone(),
     });
     let worker = Worker::new(dispatcher.clone(), parts.phase.clone(), parts.buffers.clone(), parts.files.clone(), sinks.clone());
     let registry = Rc::new(registry::Registry::default());

@@ -14,7 +14,7 @@
 //! ([`upstream::shares`]). [`fastcgi::exchange`] speaks with FPM in records ([`fastcgi::record`]), parameters
 //! ([`fastcgi::params`]) and heads ([`fastcgi::response`]). A small answer goes back at once; a larger one through [`http::pipe`]. Either is kept in [`http::pieces`].
 //! The connection is parked ([`fastcgi::pool`]) or closed; if the client has left, [`fastcgi::reaper`] reads on until FPM has
-//! finished. [`http::inflight`] notes the end.
+//! finished. [`http::inflight`] notes the end, and what it tells goes to [`telemetry`]: metrics, the access log, a trace.
 //!
 //! What the snapshot should be is decided on another thread: [`control::reconcile`] takes each change (of the file, an operator, a probe, or
 //! [`control::kubernetes`], whose [`control::slices`] name the pods), [`control::build`] makes the next snapshot, the store swaps it. Which set is

@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, process::ExitCode};
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::control::{api::SwapRequest, config::Config};
 
@@ -10,6 +10,7 @@ pub mod check;
 pub mod demo;
 pub mod explain;
 mod fleet;
+mod manual;
 pub mod order;
 pub mod render;
 
@@ -19,7 +20,9 @@ const CONFIG: &str = "config/slackwater.toml";
 #[command(
     name = "slackwater",
     version,
-    about = "An edge proxy for PHP-FPM: blue/green swaps, drains and reloads without a dropped request"
+    about = "An edge proxy for PHP-FPM: blue/green swaps, drains and reloads without a dropped request",
+    after_long_help = "Exit codes: 0; 1 refused, or the configuration has errors; 2 arguments that are not known; 3 the process has ended and had to cut requests; 4 a \
+                       thread of it has died.\n\nSignals to `serve`: HUP reloads, TERM and QUIT drain, INT drains at once, USR1 opens the access log anew."
 )]
 struct Arguments {
     #[command(subcommand)]
@@ -87,6 +90,10 @@ enum Command {
     Drain(Admin),
     /// A blue and a green PHP-FPM pool and the proxy before them, on loopback
     Demo(demo::Options),
+    /// Write the manual's pages, slackwater.1 and one for each command, into a folder as /usr/local/share/man/man1
+    Man { folder: PathBuf },
+    /// Print what completes this command in a shell, to be sourced by it
+    Completions { shell: clap_complete::Shell },
 }
 
 #[derive(clap::Args)]
@@ -146,6 +153,8 @@ pub fn main() -> ExitCode {
         }
         Command::Drain(admin) => order::run(admin.socket(), order::Order::Drain),
         Command::Demo(options) => demo::run(&options),
+        Command::Man { folder } => manual::pages(Arguments::command(), &folder),
+        Command::Completions { shell } => manual::completions(&mut Arguments::command(), shell),
     }
 }
 

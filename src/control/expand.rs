@@ -49,6 +49,10 @@ pub fn expand(config: &Config) -> String {
     }
     buffer(&mut out, &settings.buffer);
     log(&mut out, &settings.log);
+    out.table("[tracing]");
+    out.key("endpoint", quote(&settings.tracing.endpoint));
+    out.key("sample", quote(format_args!("{}%", settings.tracing.sample)));
+    out.key("service", quote(&settings.tracing.service));
     drain(&mut out, &settings.drain);
     if let Some(kubernetes) = &settings.kubernetes {
         out.table("[kubernetes]");

@@ -514,6 +514,9 @@ fn needs_restart(old: &Settings, new: &Settings) -> Result<(), String> {
     if old.log.format != new.log.format {
         keys.push("log.format");
     }
+    if (&old.tracing.endpoint, &old.tracing.service) != (&new.tracing.endpoint, &new.tracing.service) {
+        keys.push("tracing.endpoint and tracing.service");
+    }
     if old.reload != new.reload {
         keys.push("reload");
     }

@@ -158,7 +158,7 @@ fn saturation(set: &Set, queued: usize) -> Option<f64> {
     Some((f64::from(busy) + f64::from(queued)) / f64::from(capacity))
 }
 
-pub fn gauges(control: &Control, memory: u64, disk: u64, access_log_lost: u64) -> Gauges {
+pub fn gauges(control: &Control) -> Gauges {
     let snapshot = control.store.load();
     let refused = control.told().refused.clone();
     let upstreams = snapshot
@@ -198,11 +198,9 @@ pub fn gauges(control: &Control, memory: u64, disk: u64, access_log_lost: u64) -
     let certificates = snapshot.settings.tls.iter().flat_map(|tls| &tls.certificates);
     Gauges {
         certificates: certificates.map(|known| (known.file.display().to_string(), expiry(known.not_after))).collect(),
-        access_log_lost,
         phase: control.phase.get().name(),
         generation: snapshot.generation,
         upstreams,
-        buffer_memory_bytes: memory,
-        buffer_disk_bytes: disk,
+        ..Gauges::default()
     }
 }

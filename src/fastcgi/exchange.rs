@@ -210,6 +210,7 @@ pub struct Exchange {
     read: bool,
     /// A write failed; what FPM may have answered before is still read.
     write_error: Option<io::Error>,
+    sent_at: Option<Instant>,
 }
 
 impl Exchange {
@@ -227,6 +228,7 @@ impl Exchange {
             wrote: false,
             read: false,
             write_error: None,
+            sent_at: None,
         }
     }
 
@@ -308,6 +310,11 @@ impl Exchange {
         self.state != State::Sending
     }
 
+    /// When it was; `None`: not yet.
+    pub fn sent_at(&self) -> Option<Instant> {
+        self.sent_at
+    }
+
     /// The connection, fit for another request: END_REQUEST came, all was sent, and not a byte followed.
     pub fn into_conn(mut self) -> Option<Conn> {
         (self.state == State::Ended).then(|| {
@@ -340,6 +347,7 @@ impl Exchange {
                 // An advanced BytesMut does not give its front back by itself; an empty one does.
                 self.conn.output.clear();
                 self.state = State::Sent;
+                self.sent_at = Some(clock::now());
                 return Poll::Ready(Ok(()));
             }
             // write(2) costs less than writev(2).

@@ -82,7 +82,10 @@ where
         dir: php.settings.buffer.dir.clone(),
     };
     let declared = php.parts.headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse().ok());
-    let body = body::buffer(incoming, declared, &limits, &worker.buffers).await?;
+    let began = clock::now();
+    let body = body::buffer(incoming, declared, &limits, &worker.buffers).await;
+    php.record.step("buffer", began);
+    let body = body?;
     php.record.request_bytes.set(body.length().unwrap_or(0));
     php.record.is_read.set(true);
     let site_root = site_root(worker, php.site).await;
@@ -110,6 +113,7 @@ where
             Waiting { metrics: &worker.sinks.metrics, record: php.record, upstream, since: clock::now(), ended: None };
         let acquired = worker.dispatcher.acquire(&want).await;
         waiting.ended = Some(acquired.as_ref().map(|ticket| ticket.waited).map_err(|none| none.kind));
+        php.record.step("queue", waiting.since);
         drop(waiting);
         let ticket = match acquired {
             Ok(ticket) => ticket,
@@ -311,7 +315,12 @@ async fn attempt(
     }
     let connected = match ticket.conn.take() {
         Some(conn) => Ok(conn),
-        None => Conn::connect(&ticket.endpoint().address, policy.connect_timeout).await,
+        None => {
+            let began = clock::now();
+            let connected = Conn::connect(&ticket.endpoint().address, policy.connect_timeout).await;
+            php.record.step("connect", began);
+            connected
+        }
     };
     ticket.is_begun(true);
     let mut conn = match connected {
@@ -324,6 +333,7 @@ async fn attempt(
     };
     let read_timeout = php.route.read_timeout.unwrap_or(policy.read_timeout);
     let mut log = PhpLog::new(php.record.id.as_str());
+    let began = clock::now();
     let exchange = Exchange::start(conn, stdin, stdin_ended);
     let mut guard =
         Guard { dispatcher: &worker.dispatcher, held: Some((exchange, ticket)), limit: read_timeout, record: php.record };
@@ -331,7 +341,13 @@ async fn attempt(
     let (head, rest) = {
         let reading = async {
             let Some((exchange, _)) = &mut guard.held else { return Err(no_exchange()) };
-            read_head(exchange, read_timeout, &mut log).await
+            let head = read_head(exchange, read_timeout, &mut log).await;
+            if let Some(trace) = &php.record.trace {
+                let sent = exchange.sent_at().unwrap_or_else(clock::now);
+                trace.step("send", began, sent);
+                trace.step("first byte", sent, clock::now());
+            }
+            head
         };
         match reading.await {
             Ok(head) => head,

@@ -24,6 +24,7 @@ use crate::{
     telemetry::{
         access_log::{Entry, Heads, Writer},
         metrics::Shard,
+        trace::{Trace, Traces, Value},
     },
     upstream::{Endpoint, Ticket, store::InFlight},
 };
@@ -59,6 +60,10 @@ pub struct Record {
     pub cors: RefCell<Option<Arc<Cors>>>,
     /// Its place under a `limit`.
     pub held: Cell<Option<Held>>,
+    /// Where there is a collector.
+    pub trace: Option<Trace>,
+    /// When its head was whole, or an error became the answer.
+    answered: Cell<Option<Instant>>,
 }
 
 /// Where it went.
@@ -75,7 +80,7 @@ pub struct Way {
 }
 
 impl Record {
-    pub fn new(id: RequestId, parts: &http::request::Parts, client: IpAddr) -> Rc<Self> {
+    pub fn new(id: RequestId, parts: &http::request::Parts, client: IpAddr, trace: Option<Trace>) -> Rc<Self> {
         Rc::new(Record {
             id,
             method: parts.method.clone(),
@@ -98,7 +103,22 @@ impl Record {
             pace: Cell::default(),
             cors: RefCell::default(),
             held: Cell::default(),
+            trace,
+            answered: Cell::default(),
         })
+    }
+
+    /// A step of it has ended now.
+    pub fn step(&self, name: &'static str, began: Instant) {
+        if let Some(trace) = &self.trace {
+            trace.step(name, began, clock::now());
+        }
+    }
+
+    /// What the client is told is decided; what follows is the body.
+    pub fn answered(&self, status: u16) {
+        self.status.set(status);
+        self.answered.set(Some(clock::now()));
     }
 
     pub fn dispatched(&self, ticket: &Ticket) {
@@ -169,6 +189,8 @@ pub struct Sinks {
     pub phase: Arc<PhaseCell>,
     /// Told of each end from Draining on.
     pub drained: Arc<Tally>,
+    /// Where there is a collector.
+    pub traces: Option<Traces>,
 }
 
 impl Sinks {
@@ -247,6 +269,51 @@ impl Finish {
     }
 }
 
+impl Finish {
+    fn trace(&self, traces: &Traces, status: u16, way: &Way, now: Instant) {
+        let record = &self.record;
+        let Some(trace) = record.trace.as_ref().filter(|trace| trace.place.is_sampled) else { return };
+        if let Some(answered) = record.answered.get() {
+            trace.step("body", answered, now);
+        }
+        let route = way.route.as_ref().map_or("", |route| &*route.path);
+        // By the semantic conventions of HTTP: never a path as it came, of which there are too many.
+        let name = if route.is_empty() { record.method.to_string() } else { format!("{} {route}", record.method) };
+        let mut attributes = vec![
+            ("http.response.status_code", Value::Number(status.into())),
+            ("http.request.body.size", Value::Number(record.request_bytes.get() as i64)),
+            ("http.response.body.size", Value::Number(self.bytes as i64)),
+            ("slackwater.attempts", Value::Number(way.attempts.into())),
+        ];
+        let endpoint = way.endpoint.as_ref().map(|endpoint| endpoint.address.to_string());
+        let texts = [
+            ("http.request.method", record.method.as_str()),
+            ("url.path", record.uri.path()),
+            ("http.route", route),
+            ("client.address", &record.client.to_string()),
+            (
+                "user_agent.original",
+                &record
+                    .user_agent
+                    .as_ref()
+                    .map_or_else(String::new, |agent| String::from_utf8_lossy(agent.as_bytes()).into_owned()),
+            ),
+            ("error.type", record.cause.get().map_or("", Kind::cause)),
+            ("slackwater.request_id", record.id.as_str()),
+            ("slackwater.site", way.site.as_deref().unwrap_or_default()),
+            ("slackwater.upstream", way.upstream.as_deref().unwrap_or_default()),
+            ("slackwater.set", way.set.as_deref().unwrap_or_default()),
+            ("slackwater.endpoint", endpoint.as_deref().unwrap_or_default()),
+        ];
+        attributes.extend(
+            texts.into_iter().filter(|(_, text)| !text.is_empty()).map(|(name, text)| (name, Value::Text(text.to_owned()))),
+        );
+        if let Some(finished) = trace.finished(record.started, now, attributes, name, status >= 500) {
+            traces.send(finished);
+        }
+    }
+}
+
 impl Drop for Finish {
     fn drop(&mut self) {
         let record = &self.record;
@@ -280,6 +347,9 @@ impl Drop for Finish {
         let now = clock::now();
         let duration = now.saturating_duration_since(record.started);
         self.sinks.metrics.request(site, status, upstream, set, duration.as_secs_f64());
+        if let Some(traces) = &self.sinks.traces {
+            self.trace(traces, status, &way, now);
+        }
         if record.access_log.get() && self.sinks.access.is_on() {
             self.sinks.access.log(&Entry {
                 // That of its beginning.

@@ -47,7 +47,7 @@ use crate::{
         rules::{BasicAuth, ErrorPage, Maintenance},
         site::Symlinks,
     },
-    telemetry::access_log::Heads,
+    telemetry::{access_log::Heads, trace::Trace},
     upstream::Dispatcher,
 };
 
@@ -100,7 +100,7 @@ impl Worker {
 
 /// Answers one request, whatever it is.
 pub async fn serve(worker: Rc<Worker>, peer: Peer, request: Request<Incoming>) -> Result<Response<Answer>, Infallible> {
-    let (parts, body) = request.into_parts();
+    let (mut parts, body) = request.into_parts();
     let (body, unread) = Lent::new(body);
     let (settings, sites) = {
         let snapshot = worker.dispatcher.store.load();
@@ -110,7 +110,8 @@ pub async fn serve(worker: Rc<Worker>, peer: Peer, request: Request<Incoming>) -
 
     // First of all, so that everything that follows can be told apart in the log.
     let id = RequestId::of(&parts.headers, trusted);
-    let record = Record::new(id, &parts, peer.remote.ip().to_canonical());
+    let trace = worker.sinks.traces.is_some().then(|| Trace::begin(&mut parts.headers, trusted, settings.tracing.sample));
+    let record = Record::new(id, &parts, peer.remote.ip().to_canonical(), trace);
     // From here on it is in flight: whatever happens, its end is logged and counted.
     let mut finish = Finish::new(record.clone(), worker.sinks.clone());
 
@@ -146,7 +147,7 @@ pub async fn serve(worker: Rc<Worker>, peer: Peer, request: Request<Incoming>) -
         let is_preflight = response.status() == StatusCode::NO_CONTENT && cors::is_preflight(&parts);
         response = Box::pin(cors::told(&told, &parts, is_preflight, response)).await;
     }
-    record.status.set(response.status().as_u16());
+    record.answered(response.status().as_u16());
     let is_phps = record.way.borrow().attempts > 0;
     if let Some(edits) = record.edits.take() {
         edits.apply_to_answer(response.status(), is_phps, response.headers_mut(), SystemTime::now());

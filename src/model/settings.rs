@@ -14,6 +14,7 @@ pub struct Settings {
     pub listen: Listen,
     pub buffer: Buffer,
     pub log: Log,
+    pub tracing: Tracing,
     pub drain: Drain,
     /// Worker threads; `None` is "auto". Needs a restart.
     pub workers: Option<usize>,
@@ -103,6 +104,17 @@ pub struct Log {
     pub access_sample: u8,
     /// "stdout", "stderr" or a path.
     pub access_file: String,
+}
+
+/// OpenTelemetry; with the feature `otlp`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tracing {
+    /// Of a collector that takes OTLP over HTTP, as "http://collector:4318"; "": no traces. Needs a restart.
+    pub endpoint: String,
+    /// Percent of the requests whose trace begins here.
+    pub sample: u8,
+    /// `service.name`. Needs a restart.
+    pub service: String,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

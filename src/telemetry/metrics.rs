@@ -68,16 +68,16 @@ metrics! {
         "Requests answered; code 499 is a client that left, upstream and set are empty for what PHP was not asked for.";
     DURATION = Histogram "slackwater_request_duration_seconds" ["site"]
         "Time from the end of the request head to the last byte of the answer.";
-    ERRORS = Counter "slackwater_errors_total" ["cause"] "Requests that got no answer of PHP's, by cause.";
-    SHED = Counter "slackwater_shed_total" ["reason"] "Requests and connections refused to protect the rest, by reason.";
+    ERRORS = Counter "slackwater_errors_total" ["cause"] "Requests that got no answer of PHP's, by the cause that docs/runbook.md explains.";
+    SHED = Counter "slackwater_shed_total" ["reason"] "What was refused or closed to protect the rest: the cause of a request, or `idle_connection` at max_connections.";
     CONNECTIONS = Gauge "slackwater_connections" [] "Client connections open now.";
     ACCEPTED = Counter "slackwater_connections_accepted_total" [] "Client connections accepted.";
     ATTEMPTS = Counter "slackwater_upstream_attempts_total" ["upstream", "set", "result"]
-        "Tries to have PHP answer a request; retries count again.";
+        "Tries to have PHP answer a request, retries too; result is `ok` or a cause.";
     QUEUE_WAIT = Histogram "slackwater_upstream_queue_wait_seconds" ["upstream"]
         "Time that requests which had to queue waited for a worker of PHP, whether they got one or not.";
     EXPIRED = Counter "slackwater_upstream_expired_total" ["upstream", "reason"]
-        "Requests that ended in the queue and never reached PHP: their time was over, or their client had left.";
+        "Requests that ended in the queue and never reached PHP: queue_timeout, deadline_passed, client_left or no_endpoint.";
     QUEUE_DEPTH = Gauge "slackwater_upstream_queue_depth" ["upstream"] "Requests waiting for a worker of PHP now.";
     CAPACITY = Gauge "slackwater_upstream_capacity" ["upstream", "set"]
         "FPM workers of the set's usable endpoints; absent where it is not known.";
@@ -99,11 +99,12 @@ metrics! {
     ACTIVE = Gauge "slackwater_upstream_active_set" ["upstream", "set"] "1 for the set that gets the traffic, else 0.";
     PHASE = Gauge "slackwater_phase" ["phase"] "1 for the phase that the process is in, else 0.";
     GENERATION = Gauge "slackwater_config_generation" [] "Number of the snapshot in force.";
-    RELOADS = Counter "slackwater_config_reloads_total" ["outcome"] "Reloads of the configuration, by outcome.";
+    RELOADS = Counter "slackwater_config_reloads_total" ["outcome"] "Reloads of the configuration: applied, unchanged or refused.";
     SWAPS = Counter "slackwater_swaps_total" ["outcome"] "Turns of an upstream from one set to another, by outcome.";
     BUFFER_MEMORY = Gauge "slackwater_buffer_memory_bytes" [] "Memory that buffered bodies take now.";
     BUFFER_DISK = Gauge "slackwater_buffer_disk_bytes" [] "Disk that spilled bodies take now.";
     LOG_LOST = Counter "slackwater_access_log_lost_total" [] "Access log lines lost because the log was not read or written fast enough.";
+    TRACES_LOST = Counter "slackwater_traces_lost_total" [] "Sampled requests whose trace was lost because the collector took too long.";
     CERTIFICATE = Gauge "slackwater_certificate_expiry_timestamp_seconds" ["certificate"]
         "When a certificate expires, in seconds since 1970.";
     BUILD = Gauge "slackwater_build_info" ["version"] "Always 1.";
@@ -120,6 +121,8 @@ pub struct Gauges {
     pub buffer_disk_bytes: u64,
     /// Lines, since the start.
     pub access_log_lost: u64,
+    /// Requests, since the start.
+    pub traces_lost: u64,
     /// File, and seconds since 1970.
     pub certificates: Vec<(String, u64)>,
 }
@@ -488,6 +491,7 @@ impl Scrape {
             name if name == BUFFER_MEMORY.name => out.gauge(&[], self.gauges.buffer_memory_bytes),
             name if name == BUFFER_DISK.name => out.gauge(&[], self.gauges.buffer_disk_bytes),
             name if name == LOG_LOST.name => out.counter(&[], self.gauges.access_log_lost),
+            name if name == TRACES_LOST.name => out.counter(&[], self.gauges.traces_lost),
             name if name == CERTIFICATE.name => {
                 for (file, expiry) in &self.gauges.certificates {
                     out.gauge(&[file], *expiry)?;

@@ -3,7 +3,10 @@
 
 pub mod access_log;
 pub mod metrics;
+#[cfg(feature = "otlp")]
+pub mod otlp;
 pub mod php_log;
 pub mod seldom;
 pub mod sink;
+pub mod trace;
 pub mod tracing;

@@ -149,5 +149,8 @@ fn merge_at(into: &mut Table, from: Table, path: &str, twice: &mut Vec<Twice>) {
 /// Whether a table may be spread over files. A set may not: half a set in another file is hard to find.
 fn is_shared(path: &str) -> bool {
     let parts: Vec<&str> = path.split('.').collect();
-    matches!(parts.as_slice(), ["listen" | "buffer" | "log" | "drain" | "upstream"] | ["upstream", _] | ["upstream", _, "set"])
+    matches!(
+        parts.as_slice(),
+        ["listen" | "buffer" | "log" | "tracing" | "drain" | "upstream"] | ["upstream", _] | ["upstream", _, "set"]
+    )
 }

@@ -50,6 +50,7 @@ pub const KEYS: Keys = &[
             "tls",
             "buffer",
             "log",
+            "tracing",
             "drain",
             "kubernetes",
             "upstream",
@@ -82,6 +83,7 @@ pub const KEYS: Keys = &[
     ("tls", &["hosts", "certificate", "key"]),
     ("buffer", &["memory", "total", "dir", "disk", "files"]),
     ("log", &["format", "level", "access", "access_file", "access_sample"]),
+    ("tracing", &["endpoint", "sample", "service"]),
     ("drain", &["grace", "lame_duck", "health_fail_delay", "quiet", "margin", "receipt"]),
     (
         "upstream",

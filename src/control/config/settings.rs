@@ -1,4 +1,4 @@
-//! The process-wide tables: the top of the file, `[listen]`, `[buffer]`, `[log]`, `[drain]`.
+//! The process-wide tables: the top of the file, `[listen]`, `[buffer]`, `[log]`, `[tracing]`, `[drain]`.
 
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     control::template,
-    model::settings::{AccessFormat, Buffer, Drain, Kubernetes, Listen, Log, LogFormat, ReloadMode, Settings},
+    model::settings::{AccessFormat, Buffer, Drain, Kubernetes, Listen, Log, LogFormat, ReloadMode, Settings, Tracing},
     model::tls::CertificateFiles,
 };
 
@@ -35,6 +35,7 @@ pub fn read(top: &mut Reader<'_>, env: &dyn Fn(&str) -> Option<String>, folders:
         tls: None,
         buffer: buffer(top.section("buffer", "buffer"), folders),
         log: log(top.section("log", "log")),
+        tracing: tracing(top.section("tracing", "tracing")),
         drain: drain(top.section("drain", "drain"), env),
         kubernetes: {
             let present = top.has("kubernetes");
@@ -230,6 +231,32 @@ fn log(mut t: Reader<'_>) -> Log {
     };
     t.finish();
     log
+}
+
+fn tracing(mut t: Reader<'_>) -> Tracing {
+    let tracing = Tracing {
+        endpoint: t.read("endpoint", String::new(), |v| {
+            let text = v.text()?.trim_end_matches('/');
+            if text.is_empty() {
+                return Some(String::new());
+            }
+            let host = text.strip_prefix("http://").filter(|host| host.parse::<http::uri::Authority>().is_ok());
+            if host.is_none() {
+                return v.refuse(
+                    format!("{text:?} is not known"),
+                    "write \"http://HOST:4318\": OTLP over HTTP, without TLS and without a path",
+                );
+            }
+            if !cfg!(feature = "otlp") {
+                return v.refuse("this binary has no traces in it", "build it with  cargo build --release --features otlp");
+            }
+            Some(text.to_owned())
+        }),
+        sample: t.read("sample", 1, Value::percent),
+        service: t.read("service", "slackwater".to_owned(), |v| v.filled_text().map(str::to_owned)),
+    };
+    t.finish();
+    tracing
 }
 
 /// `EnvFilter` takes a bare word that is no level for the name of a module, and then says nothing more at all.

@@ -24,6 +24,7 @@ fn with_everything() -> Arc<Metrics> {
         phase: "Running",
         generation: 7,
         access_log_lost: 3,
+        traces_lost: 2,
         certificates: vec![("/tls.crt".into(), 1_800_000_000)],
         upstreams: vec![UpstreamGauge {
             name: "php".into(),
