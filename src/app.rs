@@ -21,7 +21,7 @@ use std::{
 use tokio::{
     net::{TcpListener, UnixListener},
     runtime::{Builder, LocalOptions, LocalRuntime},
-    sync::{mpsc, oneshot, watch},
+    sync::{Notify, mpsc, oneshot, watch},
 };
 
 use crate::{
@@ -41,7 +41,7 @@ use crate::{
         listener::{self, Accepted, Caps, Command, Counts, Permit, Sink},
         registry,
     },
-    error::Error,
+    error::{Error, Kind},
     http::{
         files::{FileLimits, Files},
         inflight::{self, Sinks},
@@ -70,6 +70,8 @@ use crate::{
 
 /// So many idle connections a worker closes at each beat while there are too many.
 const CLOSED_AT_ONCE: usize = 64;
+/// The reason in `slackwater_shed_total`.
+const IDLE_CONNECTION: &str = "idle_connection";
 const HEARTBEAT_EVERY: Duration = Duration::from_millis(100);
 const WATCH_EVERY: Duration = Duration::from_secs(1);
 const FLUSH_LIMIT: Duration = Duration::from_secs(1);
@@ -126,6 +128,8 @@ pub fn run(path: &Path) -> Result<u8, String> {
     let store = Arc::new(Store::new(snapshot));
     let phase = Arc::new(PhaseCell::default());
     let metrics = Metrics::new(workers);
+    let shed = Kind::ALL.into_iter().filter(|kind| kind.is_shed()).map(Kind::cause);
+    metrics.expect(Kind::ALL.into_iter().map(Kind::cause), shed.chain([IDLE_CONNECTION]));
     let connections = Arc::new(Open::default());
     let counts = Counts::new(workers, connections.clone());
     let heartbeats: Arc<[AtomicU64]> = (0..workers).map(|_| AtomicU64::new(now_ms())).collect();
@@ -148,14 +152,20 @@ pub fn run(path: &Path) -> Result<u8, String> {
         contacts: Arc::default(),
         sandbox,
         told: Mutex::new(Told { warnings: config.warnings.clone(), ..Told::default() }),
+        news: Notify::new(),
     });
     metrics.set_source({
-        let (control, buffers, access, traces) = (Arc::downgrade(&control), buffers.clone(), access.clone(), traces.clone());
+        let (control, buffers, access) = (Arc::downgrade(&control), buffers.clone(), access.clone());
+        let (log, traces) = (log.clone(), traces.clone());
         Box::new(move || match control.upgrade() {
             Some(control) => crate::telemetry::metrics::Gauges {
                 buffer_memory_bytes: buffers.memory.used(),
                 buffer_disk_bytes: buffers.disk.used(),
                 access_log_lost: access.lost(),
+                buffer_memory_limit_bytes: buffers.memory.limit(),
+                buffer_disk_limit_bytes: buffers.disk.limit(),
+                connections_max: caps(&control.store.load().settings).connections as u64,
+                log_lost: log.lost(),
                 traces_lost: traces.as_ref().map_or(0, Traces::lost),
                 ..status::gauges(&control)
             },
@@ -311,11 +321,13 @@ async fn control_plane(
             }
         })
     };
-    let cut = terminate::terminate(control, requested, || async move {
+    let cut = terminate::terminate(control.clone(), requested, || async move {
         let (done, closed) = oneshot::channel();
         commands.send(Command::Close(done)).await.ok().map(|()| closed)
     })
     .await;
+    // The last requests have just ended: their lines are still with the workers.
+    let _ = tokio::time::timeout(FLUSH_LIMIT, control.workers.ask_all(Task::Flush)).await;
     handling.abort();
     reconciling.abort();
     cut
@@ -445,7 +457,7 @@ async fn worker(
                 }
                 sinks.access.tick();
                 if parts.counts.wants_a_place() {
-                    (0..registry.close_idle(CLOSED_AT_ONCE)).for_each(|_| sinks.metrics.shed("idle_connection"));
+                    (0..registry.close_idle(CLOSED_AT_ONCE)).for_each(|_| sinks.metrics.shed(IDLE_CONNECTION));
                 }
                 tokio::time::sleep(HEARTBEAT_EVERY).await;
             }
@@ -489,6 +501,10 @@ async fn do_tasks(
             Task::UnparkAll(endpoint) => dispatcher.unpark_all(endpoint),
             Task::InFlight(activation, answer) => drop(answer.send(sinks.registry.list(activation))),
             Task::Phase => connections.wake_all(),
+            Task::Flush(answer) => {
+                sinks.access.tick();
+                let _ = answer.send(());
+            }
             Task::Cut(answer) => {
                 let _ = answer.send(sinks.registry.list(None));
                 sinks.registry.mark_cut();

@@ -157,7 +157,33 @@ async fn what_is_left_at_the_end_of_grace_is_cut_named_and_told_by_exit_3() {
     assert!(cut.await.unwrap().is_err(), "a cut request looked answered");
     let log = proxy.log_text();
     assert!(log.contains("request cut") && log.contains("the-one"), "{log}");
+    assert_eq!(access_lines(&log, "the-one"), 1, "the receipt can be held against the access log: {log}");
     assert!(!log.lines().any(|l| l.contains("receipt") && l.contains("secret")), "a query string in a receipt");
+}
+
+/// Lines of the access log with this id.
+fn access_lines(log: &str, id: &str) -> usize {
+    log.lines().filter(|line| line.starts_with("{\"time\":") && line.contains(id)).count()
+}
+
+/// The process ends right behind the last answer, and its line is there all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_last_answers_before_the_end_are_in_the_access_log() {
+    for nth in 0..3 {
+        let gate = Gate::closed();
+        let fpm = ScriptedFpm::start(Behaviour::hello("blue").holds_answer(&gate)).await;
+        let mut proxy = Slackwater::start(&toml(fpm.address(), "/app", "grace = \"20s\"\nlame_duck = \"0s\"")).await;
+        let address = proxy.http();
+        let last =
+            tokio::spawn(async move { http::send(address, "GET", "/index.php", &[("X-Request-ID", "last-one")], b"").await });
+        fpm.wait_begun(1).await;
+        proxy.terminate();
+        proxy.wait_for_log("Draining", Duration::from_secs(20)).await;
+        gate.open();
+        assert_eq!(last.await.unwrap().unwrap().status, 200);
+        assert_eq!(proxy.wait_exit(Duration::from_secs(40)).await, 0);
+        assert_eq!(access_lines(&proxy.log_text(), "last-one"), 1, "{nth}: {}", proxy.log_text());
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

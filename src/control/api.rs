@@ -1,7 +1,7 @@
 //! The admin protocol (HTTP over the unix socket: everything that changes something) and the ops endpoints (everything that tells).
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     collections::{HashMap, hash_map::Entry},
     convert::Infallible,
     net::IpAddr,
@@ -11,7 +11,7 @@ use std::{
 };
 
 use http::{Method, Request, Response, StatusCode, header};
-use http_body_util::{BodyExt, Full, Limited};
+use http_body_util::{BodyExt, Either, Full, Limited};
 use hyper::{body::Incoming, server::conn::http1};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::{Deserialize, Serialize};
@@ -22,7 +22,7 @@ use tokio::{
 };
 
 use super::{
-    Control,
+    Control, page,
     reconcile::{self, Change, Swap, SwapOrder},
     status,
 };
@@ -32,7 +32,7 @@ use crate::{
     telemetry::metrics,
 };
 
-type Answer = Response<Full<bytes::Bytes>>;
+type Answer = Response<Either<Full<bytes::Bytes>, page::Events>>;
 
 /// An order to the admin socket is small.
 const MAX_BODY: usize = 64 * 1024;
@@ -42,6 +42,8 @@ const MAX_CONNECTIONS: usize = 64;
 const MAX_OF_ONE_PEER: usize = 16;
 /// A connection to the ops port in all, whatever is done on it. Scrapers and probes open new ones.
 const OPS_CONNECTION: Duration = Duration::from_secs(10);
+/// And where it is the status page's stream; the page opens a new one.
+const OPS_STREAM: Duration = Duration::from_secs(600);
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// For the body of an order, which is small.
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -133,19 +135,29 @@ pub async fn serve_ops(control: Arc<Control>, listener: TcpListener) {
     let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     // By peer; an entry goes with its last connection.
     let open: Rc<RefCell<HashMap<IpAddr, usize>>> = Rc::default();
+    let feed = page::Feed::new(control.clone());
+    tokio::task::spawn_local(feed.clone().run());
     loop {
         let Ok(permit) = permits.clone().acquire_owned().await else { return };
         match listener.accept().await {
             Ok((stream, peer)) => {
-                let (control, open, peer) = (control.clone(), open.clone(), peer.ip().to_canonical());
+                let (control, feed, open, peer) = (control.clone(), feed.clone(), open.clone(), peer.ip().to_canonical());
                 if *open.borrow().get(&peer).unwrap_or(&0) >= MAX_OF_ONE_PEER {
                     continue;
                 }
                 *open.borrow_mut().entry(peer).or_default() += 1;
                 tokio::task::spawn_local(async move {
-                    let serving = serve(stream, |request| std::future::ready(ops(&control, peer, &request)));
+                    let streams = Cell::new(false);
+                    let serving = serve(stream, |request| {
+                        let answer = ops(&control, &feed, peer, &request);
+                        streams.set(streams.get() || matches!(answer.body(), Either::Right(_)));
+                        std::future::ready(answer)
+                    });
+                    tokio::pin!(serving);
                     // Whoever keeps one open longer takes it from the kubelet's checks.
-                    let _ = tokio::time::timeout(OPS_CONNECTION, serving).await;
+                    if tokio::time::timeout(OPS_CONNECTION, &mut serving).await.is_err() && streams.get() {
+                        let _ = tokio::time::timeout(OPS_STREAM, serving).await;
+                    }
                     if let Entry::Occupied(mut count) = open.borrow_mut().entry(peer) {
                         *count.get_mut() -= 1;
                         if *count.get() == 0 {
@@ -183,7 +195,7 @@ where
 }
 
 fn text(code: StatusCode, text: impl Into<String>) -> Answer {
-    let mut response = Response::new(Full::from(bytes::Bytes::from(text.into())));
+    let mut response = Response::new(Either::Left(Full::from(bytes::Bytes::from(text.into()))));
     *response.status_mut() = code;
     response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static("text/plain; charset=utf-8"));
     response
@@ -195,7 +207,7 @@ fn json(code: StatusCode, value: &impl Serialize) -> Answer {
     response
 }
 
-fn ops(control: &Control, peer: IpAddr, request: &Request<Incoming>) -> Answer {
+fn ops(control: &Control, feed: &page::Feed, peer: IpAddr, request: &Request<Incoming>) -> Answer {
     if !matches!(*request.method(), Method::GET | Method::HEAD) {
         return text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD\n");
     }
@@ -215,13 +227,43 @@ fn ops(control: &Control, peer: IpAddr, request: &Request<Incoming>) -> Answer {
             response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(metrics::CONTENT_TYPE));
             response
         }
-        "/status" | "/vote" if !is_within(peer, &control.store.load().settings.listen.ops_allow) => {
+        "/" | "/events" | "/status" | "/vote" if !is_within(peer, &control.store.load().settings.listen.ops_allow) => {
             text(StatusCode::FORBIDDEN, format!("{peer} is not in listen.ops_allow\n"))
         }
+        "/" => status_page(),
+        "/events" => events(feed, request.method()),
         "/status" => json(StatusCode::OK, &status::status(control)),
         "/vote" => vote(control, request.uri().query().unwrap_or("")),
-        _ => text(StatusCode::NOT_FOUND, "one of /livez /readyz /healthz /metrics /status /vote?upstream=&set=\n"),
+        _ => text(StatusCode::NOT_FOUND, "one of / /livez /readyz /healthz /metrics /status /events /vote?upstream=&set=\n"),
     }
+}
+
+fn status_page() -> Answer {
+    let mut response = text(StatusCode::OK, page::PAGE);
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("text/html; charset=utf-8"));
+    headers.insert(header::CACHE_CONTROL, header::HeaderValue::from_static("no-store"));
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, header::HeaderValue::from_static("nosniff"));
+    headers.insert(header::REFERRER_POLICY, header::HeaderValue::from_static("no-referrer"));
+    if let Ok(policy) = header::HeaderValue::from_str(&page::POLICY) {
+        headers.insert(header::CONTENT_SECURITY_POLICY, policy);
+    }
+    response
+}
+
+fn events(feed: &page::Feed, method: &Method) -> Answer {
+    if *method == Method::HEAD {
+        return text(StatusCode::OK, "");
+    }
+    let Some(events) = feed.subscribe() else {
+        return text(StatusCode::SERVICE_UNAVAILABLE, "too many are looking at the status page\n");
+    };
+    let mut response = Response::new(Either::Right(events));
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("text/event-stream"));
+    headers.insert(header::CACHE_CONTROL, header::HeaderValue::from_static("no-store"));
+    headers.insert(header::CONNECTION, header::HeaderValue::from_static("close"));
+    response
 }
 
 fn ready(control: &Control) -> Answer {

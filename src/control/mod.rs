@@ -6,10 +6,11 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
+    time::SystemTime,
 };
 
 use tokio::{
-    sync::{mpsc, watch},
+    sync::{Notify, mpsc, watch},
     time::Instant,
 };
 
@@ -28,6 +29,7 @@ pub mod client;
 pub mod config;
 pub mod expand;
 pub mod kubernetes;
+mod page;
 pub mod reconcile;
 pub mod replicas;
 pub mod sandbox;
@@ -66,6 +68,8 @@ pub struct Control {
     /// What the process may read and write; `None`: it is not sandboxed.
     pub sandbox: Option<sandbox::Folders>,
     pub told: Mutex<Told>,
+    /// Something has changed that whoever is looking wants to see at once.
+    pub news: Notify,
 }
 
 /// What was said last.
@@ -73,6 +77,10 @@ pub struct Control {
 pub struct Told {
     pub receipts: VecDeque<Receipt>,
     pub reload: Option<reconcile::ReloadOutcome>,
+    /// When the file was last found good.
+    pub reloaded: Option<SystemTime>,
+    /// What is wrong with the files of certificates, which are read without being asked.
+    pub certificates: Option<String>,
     pub warnings: Vec<String>,
     /// Upstreams whose annotation is not followed, and why.
     pub refused: BTreeMap<Arc<str>, String>,
@@ -88,6 +96,17 @@ pub struct Told {
     pub replicas: Option<replicas::Place>,
     /// Why the process is not ready yet.
     pub waiting_for: Vec<String>,
+    /// `None`: nobody has asked it to end.
+    pub leaving: Option<Leaving>,
+}
+
+/// The way out, as far as it has come.
+#[derive(Clone, Debug)]
+pub struct Leaving {
+    pub by: String,
+    pub since: Instant,
+    /// When the next phase begins at the latest.
+    pub next_phase: Option<Instant>,
 }
 
 /// A turn under way.
@@ -110,6 +129,8 @@ impl Control {
             told.receipts.pop_front();
         }
         told.receipts.push_back(receipt);
+        drop(told);
+        self.news.notify_one();
     }
 
     /// Workers that have given no sign of life for 5 s.

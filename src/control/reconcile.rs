@@ -302,7 +302,14 @@ impl Reconciler {
         }
         self.control.metrics.reload(outcome);
         let outcome = ReloadOutcome { at: rfc3339(SystemTime::now()), outcome, reason, generation };
-        self.control.told().reload = Some(outcome.clone());
+        {
+            let mut told = self.control.told();
+            if outcome.outcome != "refused" {
+                told.reloaded = Some(SystemTime::now());
+            }
+            told.reload = Some(outcome.clone());
+        }
+        self.control.news.notify_one();
         outcome
     }
 
@@ -345,9 +352,12 @@ impl Reconciler {
                 let reason = problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
                 tracing::error!(reason, "the certificates cannot be used; those before them go on");
                 self.control.metrics.reload("refused");
+                self.control.told().certificates =
+                    Some(format!("the certificates cannot be used, and those before them go on: {reason}"));
                 return;
             }
         };
+        self.control.told().certificates = None;
         if loaded == self.config.settings.tls {
             return;
         }
@@ -364,7 +374,11 @@ impl Reconciler {
                 self.control.metrics.reload("applied");
                 tracing::info!("the certificates have been read anew");
             }
-            Err(reason) => tracing::error!(reason, "the certificates cannot be put in force"),
+            Err(reason) => {
+                tracing::error!(reason, "the certificates cannot be put in force");
+                self.control.metrics.reload("refused");
+                self.control.told().certificates = Some(format!("the certificates cannot be put in force: {reason}"));
+            }
         }
     }
 
@@ -382,13 +396,25 @@ impl Reconciler {
 
     fn swap(&mut self, order: &SwapOrder) -> Result<Swap, String> {
         let outcome = self.try_swap(order);
+        // A question changes nothing, and wakes nobody.
+        if order.dry_run {
+            let reason = outcome.as_ref().err();
+            tracing::info!(
+                upstream = order.upstream,
+                set = order.set,
+                by = order.by,
+                reason,
+                "asked whether a swap would be taken"
+            );
+            return outcome;
+        }
         self.control.metrics.swap(match &outcome {
             Ok(Swap::Turned(_)) => "applied",
             Ok(Swap::Nothing(_)) => "unchanged",
             Err(_) => "refused",
         });
         match &outcome {
-            Ok(_) => tracing::info!(upstream = order.upstream, set = order.set, by = order.by, dry_run = order.dry_run, "swap"),
+            Ok(_) => tracing::info!(upstream = order.upstream, set = order.set, by = order.by, "swap"),
             Err(reason) => tracing::warn!(upstream = order.upstream, set = order.set, by = order.by, reason, "swap refused"),
         }
         outcome

@@ -3,8 +3,9 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, Value, json};
+use tokio::time::Instant;
 
-use super::{Control, replicas::Place, tls};
+use super::{Control, Leaving, replicas::Place, rfc3339, tls};
 use crate::{
     telemetry::metrics::{Gauges, SetGauge, UpstreamGauge},
     upstream::{Endpoint, Set, dispatch::now_ms, lanes::Lanes, shares},
@@ -50,6 +51,8 @@ pub fn status(control: &Control) -> Value {
                 "refused": told.refused.get(name),
                 "draining": draining,
                 "queued": queued,
+                "queue_max": upstream.policy.queue.max,
+                "retired": upstream.retired,
                 "overloaded": upstream.queue.is_overloaded(),
                 "lanes": lanes(&upstream.lanes),
                 "sets": sets,
@@ -80,11 +83,17 @@ pub fn status(control: &Control) -> Value {
         .chain(not_asked)
         .chain(told.cluster.iter().cloned())
         .chain(told.unsaved.clone())
+        .chain(told.certificates.clone())
         .chain(snapshot.settings.tls.iter().flat_map(|tls| tls::warnings(&tls.certificates, SystemTime::now())))
         .chain(told.warnings.iter().cloned())
         .collect();
     json!({
         "instance": *control.instance,
+        "version": env!("CARGO_PKG_VERSION"),
+        "uptime_seconds": now_ms() as f64 / 1000.0,
+        "now": rfc3339(SystemTime::now()),
+        "hung_workers": control.hung_workers(),
+        "leaving": told.leaving.as_ref().map(leaving),
         "phase": control.phase.get().name(),
         "generation": snapshot.generation,
         "config_hash": &*snapshot.config_hash,
@@ -97,28 +106,40 @@ pub fn status(control: &Control) -> Value {
     })
 }
 
-fn endpoint(endpoint: &Endpoint) -> Value {
-    let now = now_ms();
-    let state = if endpoint.is_disabled() {
+fn leaving(leaving: &Leaving) -> Value {
+    json!({
+        "by": leaving.by,
+        "seconds": leaving.since.elapsed().as_secs_f64(),
+        "next_phase_seconds": leaving.next_phase.map(|at| at.saturating_duration_since(Instant::now()).as_secs_f64()),
+    })
+}
+
+const STATES: [&str; 5] = ["usable", "disabled", "leaving", "preflight", "unusable"];
+
+fn state(endpoint: &Endpoint) -> &'static str {
+    if endpoint.is_disabled() {
         "disabled"
     } else if endpoint.is_leaving() {
         "leaving"
-    } else if endpoint.is_usable(now) {
+    } else if endpoint.is_usable(now_ms()) {
         "usable"
     } else if endpoint.is_cold() {
         "preflight"
     } else {
         "unusable"
-    };
+    }
+}
+
+fn endpoint(endpoint: &Endpoint) -> Value {
     json!({
         "address": endpoint.address.to_string(),
-        "state": state,
+        "state": state(endpoint),
         "capacity": endpoint.capacity(),
         "share": endpoint.capacity().map(|capacity| endpoint.share().min(capacity)),
         "borrowed": endpoint.borrowed(),
         "busy": endpoint.busy(),
         "parked": endpoint.parked(),
-        "reason": endpoint.reason(now),
+        "reason": endpoint.reason(now_ms()),
     })
 }
 
@@ -160,7 +181,11 @@ fn saturation(set: &Set, queued: usize) -> Option<f64> {
 
 pub fn gauges(control: &Control) -> Gauges {
     let snapshot = control.store.load();
-    let refused = control.told().refused.clone();
+    let (refused, reload_refused, reloaded) = {
+        let told = control.told();
+        let reload_refused = told.certificates.is_some() || told.reload.as_ref().is_some_and(|reload| reload.outcome == "refused");
+        (told.refused.clone(), reload_refused, told.reloaded)
+    };
     let upstreams = snapshot
         .upstreams
         .values()
@@ -181,6 +206,8 @@ pub fn gauges(control: &Control) -> Gauges {
                         usable: set.usable(now_ms()) as u64,
                         saturation: saturation(set, if active { queued } else { 0 }),
                         known_age: set.config.kubernetes.as_ref().and_then(|_| known_age(control, set)),
+                        states: STATES
+                            .map(|state| (state, set.endpoints.iter().filter(|e| self::state(e) == state).count() as u64)),
                     }
                 })
                 .collect();
@@ -194,13 +221,16 @@ pub fn gauges(control: &Control) -> Gauges {
             }
         })
         .collect();
-    let expiry = |at: SystemTime| at.duration_since(UNIX_EPOCH).map_or(0, |at| at.as_secs());
+    let seconds = |at: SystemTime| at.duration_since(UNIX_EPOCH).map_or(0, |at| at.as_secs());
     let certificates = snapshot.settings.tls.iter().flat_map(|tls| &tls.certificates);
     Gauges {
-        certificates: certificates.map(|known| (known.file.display().to_string(), expiry(known.not_after))).collect(),
+        certificates: certificates.map(|known| (known.file.display().to_string(), seconds(known.not_after))).collect(),
         phase: control.phase.get().name(),
         generation: snapshot.generation,
         upstreams,
+        reload_refused,
+        reloaded: reloaded.map(seconds),
+        ready: control.phase.is_healthy(),
         ..Gauges::default()
     }
 }

@@ -11,7 +11,7 @@ use tokio::{
     time::Instant,
 };
 
-use super::{Control, rfc3339};
+use super::{Control, Leaving, rfc3339};
 use crate::{
     lifecycle::{
         Phase,
@@ -52,6 +52,8 @@ where
     let deadline = Instant::now() + drain.grace.saturating_sub(drain.margin);
     let starting = control.phase.get() == Phase::Starting;
     tracing::info!(by = first.by, phase = control.phase.get().name(), "asked to end");
+    let lame_duck_ends = Instant::now() + drain.lame_duck;
+    control.told().leaving = Some(Leaving { by: first.by.clone(), since: Instant::now(), next_phase: Some(lame_duck_ends) });
 
     if !starting && !first.now && !drain.lame_duck.is_zero() {
         control.phase.set_healthy(!drain.health_fail_delay.is_zero());
@@ -68,6 +70,7 @@ where
     }
     let asked = requested.borrow().times;
     let (started, draining) = (SystemTime::now(), Instant::now());
+    next_phase(&control, deadline);
     enter(&control, Phase::Draining).await;
     let mut receipt = Receipt::begun("drain", first.by, rfc3339(started), deadline.saturating_duration_since(draining));
     if let Some(closed) = close_listeners().await {
@@ -87,9 +90,16 @@ where
     !receipt.cut.is_empty()
 }
 
+fn next_phase(control: &Control, at: Instant) {
+    if let Some(leaving) = &mut control.told().leaving {
+        leaving.next_phase = Some(at);
+    }
+}
+
 async fn enter(control: &Control, phase: Phase) {
     if control.phase.advance(phase) {
         tracing::info!(phase = phase.name(), connections = control.connections.count(), "phase");
+        control.news.notify_one();
         // A worker that does not answer is past listening; the deadline is for it.
         let _ = control
             .workers
@@ -103,6 +113,7 @@ async fn enter(control: &Control, phase: Phase) {
 
 /// Ends what is left, and names it; what has been answered gets the rest of `margin` to reach its client.
 async fn cut(control: &Control, margin: Duration) -> Vec<InFlight> {
+    next_phase(control, Instant::now() + margin.saturating_sub(EXIT_RESERVE));
     enter(control, Phase::Aborting).await;
     let cut = control.workers.ask_all(Task::Cut).await.map_or_else(|_| Vec::new(), |lists| lists.concat());
     for request in &cut {
@@ -117,7 +128,11 @@ async fn cut(control: &Control, margin: Duration) -> Vec<InFlight> {
 
 fn finish(control: &Control, receipt: &Receipt, drain: &Drain) {
     let json = serde_json::to_string(receipt).unwrap_or_default();
-    tracing::info!(receipt = %json, "drained");
+    if receipt.cut.is_empty() {
+        tracing::info!(receipt = %json, "drained");
+    } else {
+        tracing::warn!(receipt = %json, "drained, and requests were cut");
+    }
     if let Some(path) = &drain.receipt
         && let Err(error) = std::fs::write(path, format!("{json}\n"))
     {

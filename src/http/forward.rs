@@ -137,7 +137,13 @@ where
         // A kept connection that had ended says nothing about the pod; neither does a slow script.
         let blames = !leased && matches!(error.kind, Kind::ConnectFailed | Kind::ConnectTimeout | Kind::UpstreamClosed);
         if blames {
+            let was_usable = endpoint.is_usable(now_ms());
             endpoint.update_health(now_ms(), |health| Health::failed(health, now_ms()));
+            if was_usable && !endpoint.is_usable(now_ms()) {
+                worker.sinks.metrics.ejection(upstream, set.name());
+                let reason = endpoint.reason(now_ms());
+                tracing::warn!(upstream = &**upstream, set = &**set.name(), endpoint = %endpoint.address, reason, "endpoint ejected");
+            }
         }
         let again = match error.retry {
             Retry::Free => true,

@@ -33,6 +33,10 @@ impl Budget {
         self.limit.store(limit, Ordering::Relaxed);
     }
 
+    pub fn limit(&self) -> u64 {
+        self.limit.load(Ordering::Relaxed)
+    }
+
     pub fn used(&self) -> u64 {
         self.used.load(Ordering::Relaxed)
     }

@@ -21,6 +21,10 @@ use prometheus_client::{
     registry::Registry,
 };
 
+mod live;
+mod process;
+pub use live::SiteTotals;
+
 /// For the `Content-Type` of `/metrics`.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
@@ -28,7 +32,8 @@ pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; cha
 pub const PHASES: [&str; 6] = ["Starting", "Running", "LameDuck", "Draining", "Aborting", "Exited"];
 
 /// Upper bounds of the buckets of every histogram, in seconds; `+Inf` follows.
-pub const BUCKETS: [f64; 15] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
+pub const BUCKETS: [f64; 17] =
+    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0];
 
 /// Names a shard remembers. Reloads that keep inventing names end up under [`OTHER`].
 const MAX_NAMES: usize = 1024;
@@ -37,6 +42,8 @@ const MAX_ROWS: usize = 1024;
 /// Of the names, before their index is asked.
 const LOOKED_THROUGH: usize = 4;
 const OTHER: &str = "other";
+/// Of a reload, and of a swap.
+const OUTCOMES: [&str; 3] = ["applied", "unchanged", "refused"];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -71,6 +78,7 @@ metrics! {
     ERRORS = Counter "slackwater_errors_total" ["cause"] "Requests that got no answer of PHP's, by the cause that docs/runbook.md explains.";
     SHED = Counter "slackwater_shed_total" ["reason"] "What was refused or closed to protect the rest: the cause of a request, or `idle_connection` at max_connections.";
     CONNECTIONS = Gauge "slackwater_connections" [] "Client connections open now.";
+    CONNECTIONS_MAX = Gauge "slackwater_connections_max" [] "Client connections that may be open: max_connections.";
     ACCEPTED = Counter "slackwater_connections_accepted_total" [] "Client connections accepted.";
     ATTEMPTS = Counter "slackwater_upstream_attempts_total" ["upstream", "set", "result"]
         "Tries to have PHP answer a request, retries too; result is `ok` or a cause.";
@@ -92,22 +100,38 @@ metrics! {
     LANE_BUSY = Gauge "slackwater_upstream_lane_busy" ["upstream", "lane"] "Requests of the lane that run now.";
     LANE_WAITING = Gauge "slackwater_upstream_lane_waiting" ["upstream", "lane"] "Requests of the lane that wait for a worker now.";
     USABLE = Gauge "slackwater_upstream_endpoints_usable" ["upstream", "set"] "Endpoints that may be given requests.";
+    ENDPOINTS = Gauge "slackwater_upstream_endpoints" ["upstream", "set", "state"]
+        "Endpoints by state: usable, disabled, leaving, preflight or unusable, as in /status.";
+    EJECTIONS = Counter "slackwater_upstream_ejections_total" ["upstream", "set"] "Times that an endpoint was left alone after failures.";
     KNOWN_AGE = Gauge "slackwater_kubernetes_known_age_seconds" ["upstream", "set"]
         "Age of what Kubernetes has told of the set's Service; 0 while it is watched, absent before the first list.";
     REFUSED = Gauge "slackwater_upstream_annotation_refused" ["upstream"] "1 while slackwater.dev/active cannot be followed, else 0.";
     EMPTIED = Counter "slackwater_upstream_emptied_total" ["upstream", "set"] "Times that the active set has lost its last endpoint.";
     ACTIVE = Gauge "slackwater_upstream_active_set" ["upstream", "set"] "1 for the set that gets the traffic, else 0.";
+    READY = Gauge "slackwater_ready" [] "1 while /readyz and health_path say that requests are to be sent here, else 0.";
     PHASE = Gauge "slackwater_phase" ["phase"] "1 for the phase that the process is in, else 0.";
     GENERATION = Gauge "slackwater_config_generation" [] "Number of the snapshot in force.";
     RELOADS = Counter "slackwater_config_reloads_total" ["outcome"] "Reloads of the configuration: applied, unchanged or refused.";
-    SWAPS = Counter "slackwater_swaps_total" ["outcome"] "Turns of an upstream from one set to another, by outcome.";
+    RELOAD_GOOD = Gauge "slackwater_config_last_reload_successful" []
+        "0 while what is on disk, the configuration or a certificate, was refused when it was read last, else 1.";
+    RELOADED = Gauge "slackwater_config_last_reload_success_timestamp_seconds" []
+        "When a reload found the configuration good, in seconds since 1970; absent before the first.";
+    SWAPS = Counter "slackwater_swaps_total" ["outcome"] "Turns of an upstream from one set to another: applied, unchanged or refused.";
     BUFFER_MEMORY = Gauge "slackwater_buffer_memory_bytes" [] "Memory that buffered bodies take now.";
     BUFFER_DISK = Gauge "slackwater_buffer_disk_bytes" [] "Disk that spilled bodies take now.";
+    MEMORY_LIMIT = Gauge "slackwater_buffer_memory_limit_bytes" [] "Memory that buffered bodies may take: buffer.total.";
+    DISK_LIMIT = Gauge "slackwater_buffer_disk_limit_bytes" [] "Disk that spilled bodies may take: buffer.disk.";
     LOG_LOST = Counter "slackwater_access_log_lost_total" [] "Access log lines lost because the log was not read or written fast enough.";
+    OWN_LOG_LOST = Counter "slackwater_log_lost_total" [] "Lines of the log itself lost because stderr was not read fast enough.";
     TRACES_LOST = Counter "slackwater_traces_lost_total" [] "Sampled requests whose trace was lost because the collector took too long.";
     CERTIFICATE = Gauge "slackwater_certificate_expiry_timestamp_seconds" ["certificate"]
         "When a certificate expires, in seconds since 1970.";
     BUILD = Gauge "slackwater_build_info" ["version"] "Always 1.";
+    STARTED = Gauge "process_start_time_seconds" [] "When the process began, in seconds since 1970.";
+    CPU = Counter "process_cpu_seconds_total" [] "CPU time of all its threads, in user and system mode.";
+    RESIDENT = Gauge "process_resident_memory_bytes" [] "Memory that is resident.";
+    OPEN_FDS = Gauge "process_open_fds" [] "File descriptors that are open.";
+    MAX_FDS = Gauge "process_max_fds" [] "File descriptors that may be open.";
 }
 
 /// What only the moment of the scrape can tell.
@@ -121,6 +145,15 @@ pub struct Gauges {
     pub buffer_disk_bytes: u64,
     /// Lines, since the start.
     pub access_log_lost: u64,
+    /// Lines, since the start.
+    pub log_lost: u64,
+    pub connections_max: u64,
+    pub buffer_memory_limit_bytes: u64,
+    pub buffer_disk_limit_bytes: u64,
+    pub reload_refused: bool,
+    /// Seconds since 1970.
+    pub reloaded: Option<u64>,
+    pub ready: bool,
     /// Requests, since the start.
     pub traces_lost: u64,
     /// File, and seconds since 1970.
@@ -153,6 +186,8 @@ pub struct SetGauge {
     pub saturation: Option<f64>,
     /// In seconds; `None` for what stands in the file, and where nothing is known.
     pub known_age: Option<f64>,
+    /// How many endpoints are in each state.
+    pub states: [(&'static str, u64); 5],
 }
 
 /// By upstream and set.
@@ -175,10 +210,17 @@ impl Metrics {
         Arc::new(Metrics {
             shards: (0..workers.max(1)).map(|_| Arc::default()).collect(),
             source: RwLock::new(None),
-            reloads: Mutex::default(),
-            swaps: Mutex::default(),
+            reloads: Mutex::new(OUTCOMES.map(|outcome| (outcome, 0)).into()),
+            swaps: Mutex::new(OUTCOMES.map(|outcome| (outcome, 0)).into()),
             emptied: Mutex::default(),
         })
+    }
+
+    /// There may be such errors, and such reasons to shed: told as 0 before the first, which no rate would see else.
+    pub fn expect(&self, causes: impl Iterator<Item = &'static str>, reasons: impl Iterator<Item = &'static str>) {
+        let mut counts = lock(&self.shards[0].counts);
+        counts.errors.extend(causes.map(|cause| (cause, 0)));
+        counts.shed.extend(reasons.map(|reason| (reason, 0)));
     }
 
     /// The shard of a worker. A number that no worker has shares another's shard: dearer, not wrong.
@@ -221,8 +263,17 @@ impl Metrics {
             reloads: lock(&self.reloads).clone(),
             swaps: lock(&self.swaps).clone(),
             emptied: lock(&self.emptied).clone(),
+            process: process::Usage::now(),
             ..Scrape::default()
         };
+        // What has never happened is told as 0: no rate would see the first time else.
+        for upstream in &scrape.gauges.upstreams {
+            for set in &upstream.sets {
+                for by_set in [&mut scrape.emptied, &mut scrape.ejections] {
+                    by_set.entry((Arc::clone(&upstream.name), Arc::clone(&set.name))).or_default();
+                }
+            }
+        }
         for shard in &self.shards {
             // Closed first: the other order could show a connection as closed that was never opened.
             let closed = shard.closed.load(Ordering::Acquire);
@@ -237,6 +288,9 @@ impl Metrics {
                 }
             }
             for (upstream, cell) in &counts.upstreams.values {
+                for (set, n) in &cell.ejections {
+                    *scrape.ejections.entry((Arc::clone(upstream), Arc::clone(set))).or_default() += n;
+                }
                 scrape.queue_waits.entry(Arc::clone(upstream)).or_default().merge(&cell.queue_wait);
                 for (reason, n) in &cell.expired {
                     *scrape.expired.entry((Arc::clone(upstream), reason)).or_default() += n;
@@ -287,6 +341,8 @@ struct UpstreamCounts {
     queue_wait: Histogram,
     expired: Vec<(&'static str, u64)>,
     attempts: Vec<((Arc<str>, &'static str), u64)>,
+    /// By set; there are few.
+    ejections: Vec<(Arc<str>, u64)>,
 }
 
 impl Shard {
@@ -327,6 +383,18 @@ impl Shard {
     /// A request has ended in the queue without having reached PHP.
     pub fn expired(&self, upstream: &str, reason: &'static str) {
         add(&mut lock(&self.counts).upstreams.get(upstream).expired, reason);
+    }
+
+    /// An endpoint was left alone after failures. The names are those of the configuration.
+    pub fn ejection(&self, upstream: &str, set: &Arc<str>) {
+        let mut counts = lock(&self.counts);
+        let ejections = &mut counts.upstreams.get(upstream).ejections;
+        let has_room = ejections.len() < MAX_ROWS;
+        match ejections.iter_mut().find(|(known, _)| known == set) {
+            Some((_, n)) => *n += 1,
+            None if has_room => ejections.push((set.clone(), 1)),
+            None => {}
+        }
     }
 
     /// `cause` is `error::Kind::cause`.
@@ -392,7 +460,7 @@ impl<V: Default> Named<V> {
     }
 }
 
-#[derive(Clone, Default)]
+#[derive(Debug, Clone, Default)]
 struct Histogram {
     /// One more than [`BUCKETS`], for `+Inf`.
     counts: [u64; BUCKETS.len() + 1],
@@ -428,7 +496,9 @@ struct Scrape {
     reloads: Vec<(&'static str, u64)>,
     swaps: Vec<(&'static str, u64)>,
     emptied: BySet,
+    ejections: BySet,
     gauges: Gauges,
+    process: process::Usage,
 }
 
 impl fmt::Debug for Scrape {
@@ -491,6 +561,21 @@ impl Scrape {
             name if name == BUFFER_MEMORY.name => out.gauge(&[], self.gauges.buffer_memory_bytes),
             name if name == BUFFER_DISK.name => out.gauge(&[], self.gauges.buffer_disk_bytes),
             name if name == LOG_LOST.name => out.counter(&[], self.gauges.access_log_lost),
+            name if name == OWN_LOG_LOST.name => out.counter(&[], self.gauges.log_lost),
+            name if name == CONNECTIONS_MAX.name => out.gauge(&[], self.gauges.connections_max),
+            name if name == MEMORY_LIMIT.name => out.gauge(&[], self.gauges.buffer_memory_limit_bytes),
+            name if name == DISK_LIMIT.name => out.gauge(&[], self.gauges.buffer_disk_limit_bytes),
+            name if name == RELOAD_GOOD.name => out.gauge(&[], u64::from(!self.gauges.reload_refused)),
+            name if name == RELOADED.name => self.gauges.reloaded.map_or(Ok(()), |at| out.gauge(&[], at)),
+            name if name == READY.name => out.gauge(&[], u64::from(self.gauges.ready)),
+            name if name == EJECTIONS.name => {
+                self.ejections.iter().try_for_each(|((upstream, set), n)| out.counter(&[&**upstream, &**set], *n))
+            }
+            name if name == STARTED.name => self.process.started.map_or(Ok(()), |at| out.fraction(&[], at)),
+            name if name == CPU.name => self.process.cpu.map_or(Ok(()), |seconds| out.seconds(&[], seconds)),
+            name if name == RESIDENT.name => self.process.resident.map_or(Ok(()), |bytes| out.gauge(&[], bytes)),
+            name if name == OPEN_FDS.name => self.process.descriptors.map_or(Ok(()), |n| out.gauge(&[], n)),
+            name if name == MAX_FDS.name => self.process.most_descriptors.map_or(Ok(()), |n| out.gauge(&[], n)),
             name if name == TRACES_LOST.name => out.counter(&[], self.gauges.traces_lost),
             name if name == CERTIFICATE.name => {
                 for (file, expiry) in &self.gauges.certificates {
@@ -526,6 +611,9 @@ impl Scrape {
                     name if name == SATURATION.name => set.saturation.map_or(Ok(()), |part| out.fraction(&labels, part))?,
                     name if name == SHARE.name => set.share.map_or(Ok(()), |n| out.gauge(&labels, n))?,
                     name if name == USABLE.name => out.gauge(&labels, set.usable)?,
+                    name if name == ENDPOINTS.name => {
+                        set.states.iter().try_for_each(|(state, n)| out.gauge(&[&upstream.name, &set.name, state], *n))?;
+                    }
                     name if name == KNOWN_AGE.name => set.known_age.map_or(Ok(()), |age| out.fraction(&labels, age))?,
                     name if name == ACTIVE.name => out.gauge(&labels, u64::from(set.active))?,
                     _ => {}
@@ -550,6 +638,10 @@ impl Rows<'_> {
         }
         let labels: Vec<(&str, &str)> = self.definition.labels.iter().copied().zip(values.iter().copied()).collect();
         write(&mut self.encoder.encode_family(&labels)?)
+    }
+
+    fn seconds(&mut self, labels: &[&str], value: f64) -> fmt::Result {
+        self.row(labels, |row| row.encode_counter::<NoLabelSet, f64, f64>(&value, None))
     }
 
     fn counter(&mut self, labels: &[&str], value: u64) -> fmt::Result {

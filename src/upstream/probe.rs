@@ -228,7 +228,11 @@ impl Target {
         let after = self.endpoint.is_usable(now);
         if before != after {
             let reason = result.err().unwrap_or_default();
-            tracing::info!(endpoint = %self.endpoint.address, usable = after, reason, "a probe has changed an endpoint");
+            let endpoint = &self.endpoint.address;
+            match after {
+                true => tracing::info!(%endpoint, usable = after, reason, "a probe has changed an endpoint"),
+                false => tracing::warn!(%endpoint, usable = after, reason, "a probe has changed an endpoint"),
+            }
             (self.report)();
         }
     }

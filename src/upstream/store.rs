@@ -22,6 +22,8 @@ pub enum Task {
     InFlight(Option<u64>, oneshot::Sender<Vec<InFlight>>),
     /// The phase has changed.
     Phase,
+    /// Hand over what the access log still has here; answered when that is done.
+    Flush(oneshot::Sender<()>),
     /// Cut what is in flight, and answer what that was.
     Cut(oneshot::Sender<Vec<InFlight>>),
 }

@@ -67,6 +67,7 @@ impl Reconciler {
         let (control, started, clock) = (self.control.clone(), SystemTime::now(), Instant::now());
         let turning = Turning { upstream: upstream.clone(), from: from.clone(), to: to.clone(), since: clock };
         control.told().turning.insert(serial, turning);
+        control.news.notify_one();
         tokio::task::spawn_local(async move {
             let passed = control.workers.barrier().await;
             if let Err(workers) = &passed {

@@ -40,6 +40,7 @@ fn with_everything() -> Arc<Metrics> {
                     share: Some(4),
                     saturation: Some(0.75),
                     known_age: Some(1.5),
+                    states: [("usable", 2), ("disabled", 0), ("leaving", 1), ("preflight", 0), ("unusable", 0)],
                 },
                 SetGauge {
                     name: "green".into(),
@@ -51,6 +52,7 @@ fn with_everything() -> Arc<Metrics> {
                     share: None,
                     saturation: None,
                     known_age: None,
+                    states: [("usable", 0), ("disabled", 0), ("leaving", 0), ("preflight", 0), ("unusable", 0)],
                 },
             ],
             lanes: vec![("checkout".into(), 2, 1)],
@@ -59,6 +61,13 @@ fn with_everything() -> Arc<Metrics> {
         }],
         buffer_memory_bytes: 65_536,
         buffer_disk_bytes: 1,
+        connections_max: 16,
+        buffer_memory_limit_bytes: 1 << 20,
+        buffer_disk_limit_bytes: 1 << 30,
+        log_lost: 5,
+        reload_refused: true,
+        reloaded: Some(1_700_000_000),
+        ready: true,
     }));
     metrics
 }
