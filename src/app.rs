@@ -33,7 +33,7 @@ use crate::{
         sandbox,
         slices::AllFound,
         state::State,
-        status,
+        status, systemd,
         terminate::{self, Requested},
     },
     edge::{
@@ -289,6 +289,7 @@ async fn control_plane(
         http = ?settings.listen.http, https = ?settings.listen.https, ops = settings.listen.ops.map_or_else(|| "off".to_owned(), |ops| ops.to_string()), workers = control.workers.len(),
         milliseconds = began.elapsed().as_millis() as u64, "listening"
     );
+    tokio::task::spawn_local(systemd::run(control.clone()));
     tokio::task::spawn_local(watch_certificates(control.clone()));
     if settings.reload == crate::model::settings::ReloadMode::Watch {
         tokio::task::spawn_local(watch_files(control.clone(), path.clone(), config.files.clone()));

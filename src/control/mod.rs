@@ -37,6 +37,7 @@ pub mod slices;
 pub mod state;
 pub mod status;
 pub mod switch;
+pub mod systemd;
 pub mod template;
 pub mod terminate;
 pub mod tickets;

@@ -117,7 +117,8 @@ impl Feed {
         let mut document = status::status(&self.control);
         if let Some((from, before)) = history.front() {
             let seconds = now.saturating_duration_since(*from).as_secs_f64();
-            document["live"] = json!({ "window_seconds": (seconds * 10.0).round() / 10.0, "sites": rates(&sites, before, seconds) });
+            document["live"] =
+                json!({ "window_seconds": (seconds * 10.0).round() / 10.0, "sites": rates(&sites, before, seconds) });
         }
         history.push_back((now, sites));
         while history.front().is_some_and(|(at, _)| now.saturating_duration_since(*at) >= WINDOW) {

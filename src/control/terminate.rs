@@ -11,7 +11,7 @@ use tokio::{
     time::Instant,
 };
 
-use super::{Control, Leaving, rfc3339};
+use super::{Control, Leaving, rfc3339, systemd};
 use crate::{
     lifecycle::{
         Phase,
@@ -52,6 +52,7 @@ where
     let deadline = Instant::now() + drain.grace.saturating_sub(drain.margin);
     let starting = control.phase.get() == Phase::Starting;
     tracing::info!(by = first.by, phase = control.phase.get().name(), "asked to end");
+    systemd::stopping();
     let lame_duck_ends = Instant::now() + drain.lame_duck;
     control.told().leaving = Some(Leaving { by: first.by.clone(), since: Instant::now(), next_phase: Some(lame_duck_ends) });
 
