@@ -150,7 +150,7 @@ pub fn page(state: &State, rows: &[Row], options: &Options) -> String {
         out,
         "Equal settings, one worker each, all threads of a proxy on one core, clients and responder on the other, {} rounds of {} s in turns (row 6: one; row 7: five times as long). CPU is user and system time over the requests answered; \
          on loopback a sender also pays for its peer's softirq. Ratios are Slackwater's figure over that of the best peer (rates: higher is better; all else: lower), medians, with the range over the rounds. One error voids a row. \
-         A dash: the proxy cannot do it (HAProxy serves no files but small ones from memory, Caddy keeps no FastCGI connection).\n\n![bars](benchmarks.svg)\n",
+         A dash: the proxy cannot do it (HAProxy serves no files but small ones from memory, Caddy keeps no FastCGI connection).\n\n![bars](img/benchmarks.svg)\n",
         options.rounds, options.seconds
     );
     out += "## How Slackwater stands\n\n| row | | judged by | Slackwater | Nginx | HAProxy | Caddy | ratio to the best | range | line | goal | reached |\n|---|---|---|---|---|---|---|---|---|---|---|---|\n";

@@ -4,6 +4,7 @@
 //! puts it under load, and `ledger` says whether a request was lost.
 
 mod ledger;
+mod plot;
 mod pools;
 mod rehearse;
 
@@ -46,6 +47,9 @@ pub struct Options {
     /// Breaks something on purpose: the rehearsal must notice it and fail
     #[arg(long, requires = "rehearse", value_enum)]
     pub sabotage: Option<Sabotage>,
+    /// Draws what it saw, over time, as SVG
+    #[arg(long, requires = "rehearse", value_name = "FILE")]
+    pub plot: Option<PathBuf>,
     /// The built-in FastCGI responder, even where there is a php-fpm
     #[arg(long)]
     pub built_in: bool,
@@ -103,7 +107,7 @@ async fn show(options: &Options) -> Result<ExitCode, String> {
     let work = async {
         let mut demo = start(options).await?;
         if options.rehearse {
-            let passed = rehearse::rehearse(&mut demo, options.sabotage).await?;
+            let passed = rehearse::rehearse(&mut demo, options.sabotage, options.plot.as_deref()).await?;
             return Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
         instructions(&demo);

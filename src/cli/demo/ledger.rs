@@ -82,6 +82,15 @@ impl Ledger {
         Ledger { began, sent: [0; 3], entries: Vec::new(), turns: Vec::new() }
     }
 
+    pub fn began(&self) -> Instant {
+        self.began
+    }
+
+    /// What has ended.
+    pub fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
     pub fn sent(&mut self, kind: Kind) {
         self.sent[kind as usize] += 1;
     }

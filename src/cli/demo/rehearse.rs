@@ -7,6 +7,7 @@ use std::{
     cell::{Cell, RefCell},
     fs, io,
     net::SocketAddr,
+    path::Path,
     rc::Rc,
     time::{Duration, Instant},
 };
@@ -24,6 +25,7 @@ use tokio::{
 use super::{
     Demo, Sabotage,
     ledger::{Colour, End, Entry, Kind, Ledger, Turn},
+    plot::{self, Mark},
     pools::fnv1a64,
     say,
 };
@@ -51,7 +53,7 @@ const HEAD_LIMIT: usize = 64 * 1024;
 const BODY_SIZES: [usize; 4] = [1, 1_000, 60_000, 200_000];
 
 /// Gives whether nothing was lost.
-pub async fn rehearse(demo: &mut Demo, sabotage: Option<Sabotage>) -> Result<bool, String> {
+pub async fn rehearse(demo: &mut Demo, sabotage: Option<Sabotage>, plot: Option<&Path>) -> Result<bool, String> {
     let began = Instant::now();
     let load = Load::start(demo.http, began);
     let mut findings = Findings::new(began);
@@ -66,6 +68,9 @@ pub async fn rehearse(demo: &mut Demo, sabotage: Option<Sabotage>) -> Result<boo
     if sabotage != Some(Sabotage::Cut) && [Colour::Blue, Colour::Green].iter().any(|colour| ledger.by(*colour) == 0) {
         findings.bad("not both colours have answered".to_owned());
     }
+    if let Some(file) = plot {
+        fs::write(file, plot::svg(&ledger, &findings.marks)).map_err(|e| format!("{}: {e}", file.display()))?;
+    }
     Ok(report(demo, &ledger, &findings))
 }
 
@@ -73,15 +78,20 @@ struct Findings {
     began: Instant,
     receipts: Vec<Value>,
     bad: Vec<String>,
+    marks: Vec<Mark>,
 }
 
 impl Findings {
     fn new(began: Instant) -> Findings {
-        Findings { began, receipts: Vec::new(), bad: Vec::new() }
+        Findings { began, receipts: Vec::new(), bad: Vec::new(), marks: Vec::new() }
     }
 
     fn step(&self, what: &str) {
         say(&format!("{:6.2} s  {what}", self.began.elapsed().as_secs_f64()));
+    }
+
+    fn mark(&mut self, what: &'static str) {
+        self.marks.push(Mark { at: Instant::now(), what });
     }
 
     fn bad(&mut self, what: String) {
@@ -126,6 +136,7 @@ async fn reload(demo: &Demo, findings: &mut Findings) -> Result<(), String> {
         return Err("the configuration has nothing to change".to_owned());
     }
     fs::write(&file, changed).map_err(named)?;
+    findings.mark("reload");
     let outcome = call(demo, "/reload", Vec::new()).await?;
     findings.step(&format!("reload: {}", outcome.message));
     if outcome.ok && outcome.message.starts_with("applied") { Ok(()) } else { Err(format!("reload: {}", outcome.message)) }
@@ -176,6 +187,7 @@ async fn call(demo: &Demo, path: &str, body: Vec<u8>) -> Result<Outcome, String>
 async fn drain(demo: &mut Demo, load: &Load, findings: &mut Findings) -> Result<(), String> {
     demo.proxy.signal(Signal::TERM);
     findings.step("drain: SIGTERM");
+    findings.mark("SIGTERM");
     let mut unready = 0;
     while unready < 2 {
         sleep(ASK_READY_EVERY).await;
@@ -190,6 +202,7 @@ async fn drain(demo: &mut Demo, load: &Load, findings: &mut Findings) -> Result<
     load.shared.stop.set(true);
     load.shared.stop_slow.set(true);
     findings.step("the load sends no new requests");
+    findings.mark("no new requests");
     load.ended().await;
     findings.step("every request has ended");
     exited(demo, findings).await
@@ -209,6 +222,7 @@ async fn cut(demo: &mut Demo, load: &Load, findings: &mut Findings) -> Result<()
 async fn exited(demo: &mut Demo, findings: &mut Findings) -> Result<(), String> {
     let status = demo.proxy.exited().await?;
     findings.step(&format!("the proxy has ended: {status}"));
+    findings.mark("ended");
     if status.code() != Some(0) {
         findings.bad(format!("the proxy has ended with {status}"));
     }
