@@ -128,7 +128,7 @@ struct Command {
     text: String,
 }
 
-/// What stands in blocks without a language, and what stands within a line and begins with the name of a program.
+/// What stands in blocks without a language (a picture of characters is `text`), and what stands within a line and begins with the name of a program.
 fn commands(name: &str, page: &str) -> Vec<Command> {
     let mut found = Vec::new();
     let mut block: Option<(usize, bool, String)> = None;
@@ -155,14 +155,6 @@ fn commands(name: &str, page: &str) -> Vec<Command> {
             }
         }
     }
-    // A table of times or a picture of characters is no command.
-    found.retain(|command| {
-        let first = command.text.split_whitespace().find(|word| !word.contains('=') && *word != "#").unwrap_or_default();
-        let program = first.split('/').next().unwrap_or_default();
-        PROGRAMS.contains(&program)
-            || PROGRAMS.contains(&first)
-            || ["set", "cp", "export", "grep", "install", "useradd", "in"].contains(&first)
-    });
     found
 }
 
@@ -224,7 +216,7 @@ while (($#)); do
     case $1 in
         --) shift; exec "$@" ;;
         logs) exec cat "$LOG" ;;
-        apply) if [[ " $* " == *" -f - "* ]]; then exec grep -q '^kind: Deployment'; fi ;;
+        apply) if [[ " $* " == *" -f - "* ]]; then grep '^kind: ' >/dev/null; exit; fi ;;
     esac
     shift
 done

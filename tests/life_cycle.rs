@@ -161,6 +161,40 @@ async fn what_is_left_at_the_end_of_grace_is_cut_named_and_told_by_exit_3() {
     assert!(!log.lines().any(|l| l.contains("receipt") && l.contains("secret")), "a query string in a receipt");
 }
 
+/// From exec to the first 200 of /readyz, without Kubernetes: under 100 ms is promised.
+#[tokio::test(flavor = "multi_thread")]
+async fn it_is_ready_soon_after_its_start() {
+    let fpm = ScriptedFpm::start(Behaviour::hello("blue")).await;
+    let ops = support::ports::free_address();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("slackwater.toml");
+    let text = toml(fpm.address(), "/app", "")
+        .replace("{HTTP}", &support::ports::free_address().to_string())
+        .replace("{OPS}", &ops.to_string())
+        .replace("{ADMIN}", &folder.path().join("admin.sock").display().to_string());
+    std::fs::write(&file, text).unwrap();
+    let mut took = Vec::new();
+    for _ in 0..5 {
+        let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_slackwater"));
+        command.args(["serve", "--config"]).arg(&file).stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
+        let began = Instant::now();
+        let mut child = command.kill_on_drop(true).spawn().unwrap();
+        loop {
+            // Nobody listens at first; then it is ready or says what is missing.
+            if http::get(ops, "/readyz").await.is_ok_and(|answer| answer.status == 200) {
+                break;
+            }
+            assert!(began.elapsed() < Duration::from_secs(20), "not ready after {:?}", began.elapsed());
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        took.push(began.elapsed());
+        child.kill().await.unwrap();
+    }
+    took.sort_unstable();
+    println!("ready after {took:?} (promised: 100 ms)");
+    assert!(took[2] < Duration::from_secs(1), "{took:?}");
+}
+
 /// Lines of the access log with this id.
 fn access_lines(log: &str, id: &str) -> usize {
     log.lines().filter(|line| line.starts_with("{\"time\":") && line.contains(id)).count()

@@ -364,7 +364,8 @@ impl Reconciler {
         for warning in loaded.iter().flat_map(|tls| tls::warnings(&tls.certificates, SystemTime::now())) {
             tracing::warn!("{warning}");
         }
-        let mut settings = (*self.config.settings).clone();
+        let before = self.config.settings.clone();
+        let mut settings = (*before).clone();
         settings.tls = loaded;
         self.config.settings = Arc::new(settings);
         let switch = self.switch.clone();
@@ -373,8 +374,14 @@ impl Reconciler {
                 self.put_in_force(next, "certificates", FILE_TURN_BUDGET);
                 self.control.metrics.reload("applied");
                 tracing::info!("the certificates have been read anew");
+                // A reload in between may have met the one file without the other.
+                if self.control.told().reload.as_ref().is_some_and(|last| last.outcome == "refused") {
+                    self.reload("certificates");
+                }
             }
             Err(reason) => {
+                // So that they are tried again when they change again.
+                self.config.settings = before;
                 tracing::error!(reason, "the certificates cannot be put in force");
                 self.control.metrics.reload("refused");
                 self.control.told().certificates = Some(format!("the certificates cannot be put in force: {reason}"));

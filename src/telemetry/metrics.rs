@@ -106,7 +106,7 @@ metrics! {
     KNOWN_AGE = Gauge "slackwater_kubernetes_known_age_seconds" ["upstream", "set"]
         "Age of what Kubernetes has told of the set's Service; 0 while it is watched, absent before the first list.";
     REFUSED = Gauge "slackwater_upstream_annotation_refused" ["upstream"] "1 while slackwater.dev/active cannot be followed, else 0.";
-    EMPTIED = Counter "slackwater_upstream_emptied_total" ["upstream", "set"] "Times that the active set has lost its last endpoint.";
+    EMPTIED = Counter "slackwater_upstream_emptied_total" ["upstream", "set"] "Times that Kubernetes has left the active set without an endpoint.";
     ACTIVE = Gauge "slackwater_upstream_active_set" ["upstream", "set"] "1 for the set that gets the traffic, else 0.";
     READY = Gauge "slackwater_ready" [] "1 while /readyz and health_path say that requests are to be sent here, else 0.";
     PHASE = Gauge "slackwater_phase" ["phase"] "1 for the phase that the process is in, else 0.";
