@@ -187,6 +187,7 @@ const ELSEWHERE: &[(&str, &str)] = &[
     ("cargo test", "names a test, or a feature, that Cargo.toml has: looked up"),
     ("cargo deny", "tests/run"),
     ("PAGE=", "the file is looked up"),
+    ("WRITE_DOCS=1 cargo test", "the_table_of_metrics_is_what_the_code_has"),
     ("GREP=", "the file is looked up"),
     ("SLACKWATER_TEST_KUBECONFIG=", "wants a real API server; tests/cluster.rs before the fake one"),
     ("tests/", "the file, and what it is told, are looked up"),

@@ -1,4 +1,4 @@
-//! One request's trace: under which number PHP is asked (W3C Trace Context), and how long each of its steps took. Sent to a collector by [`super::otlp`].
+//! One request's trace: under which number PHP is asked (W3C Trace Context), and how long each of its steps took. Sent to a collector by `otlp.rs`, where the feature is on.
 //!
 //! Its spans are made at the end, of the moments that were noted on the way: a request that is not sampled costs a number, and none a lock.
 
