@@ -1,4 +1,4 @@
-//! Wires the planes together: the only file that knows both.
+//! Wires the planes together: the only module that knows both.
 //!
 //! Threads: one per worker, one that accepts (with one worker it does that itself), one for the control plane, one for the ops
 //! port, and the pool for everything that may block.
@@ -6,14 +6,9 @@
 use std::{
     collections::BTreeSet,
     io,
-    net::SocketAddr,
-    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     rc::Rc,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex, atomic::AtomicU64},
     thread,
     time::{Duration, Instant},
 };
@@ -30,24 +25,18 @@ use crate::{
         build::{self, Before},
         config::{self, Config},
         reconcile::{Change, Listeners, Reconciler},
-        sandbox,
+        renewal, sandbox,
         slices::AllFound,
         state::State,
         status, systemd,
         terminate::{self, Requested},
     },
-    edge::{
-        connection::{self, Shared},
-        listener::{self, Accepted, Caps, Command, Counts, Permit, Sink},
-        registry,
-    },
-    error::{Error, Kind},
+    edge::listener::{self, Command, Counts, Sink},
+    error::Kind,
     http::{
         files::{FileLimits, Files},
-        inflight::{self, Sinks},
         preflight,
         spill::{Budget, Buffers},
-        stack::{self, Worker},
     },
     lifecycle::{
         PhaseCell,
@@ -55,35 +44,27 @@ use crate::{
         signal::{Signal, Signals},
     },
     model::{
-        Peer, Settings,
         settings::Tracing,
         upstream::{Preflight, SetConfig},
     },
-    telemetry::{access_log::AccessLog, metrics::Metrics, sink::Target, trace::Traces, tracing::Log},
+    telemetry::{access_log::AccessLog, metrics::Metrics, sink::Target, trace::Traces},
     upstream::{
-        Dispatcher, Snapshot, Store,
+        Snapshot, Store,
         dispatch::now_ms,
         probe::Question,
         store::{Task, Workers},
     },
 };
 
-/// So many idle connections a worker closes at each beat while there are too many.
-const CLOSED_AT_ONCE: usize = 64;
-/// The reason in `slackwater_shed_total`.
-const IDLE_CONNECTION: &str = "idle_connection";
-const HEARTBEAT_EVERY: Duration = Duration::from_millis(100);
-const WATCH_EVERY: Duration = Duration::from_secs(1);
+mod sockets;
+mod worker;
+
+use sockets::{Listening, SPILL_PART, bind_admin, caps, descriptors, raise_descriptors};
+
 const FLUSH_LIMIT: Duration = Duration::from_secs(1);
 const CHANNEL: usize = 1024;
 /// Threads that may block at once in the process's pool.
 const POOL_THREADS: usize = 64;
-/// Kept for listeners, logs, FPM and files when "auto" shares out file descriptors.
-const SPARE_DESCRIPTORS: usize = 64;
-/// What "auto" gives at most: each connection may have a head of 81 KiB on its way.
-const AUTO_CONNECTIONS: usize = 16 * 1024;
-/// One in so many descriptors may be a spill file's.
-const SPILL_PART: usize = 8;
 
 /// Runs until asked to end. Exit code 0, or 3 if requests were cut.
 pub fn run(path: &Path) -> Result<u8, String> {
@@ -129,7 +110,7 @@ pub fn run(path: &Path) -> Result<u8, String> {
     let phase = Arc::new(PhaseCell::default());
     let metrics = Metrics::new(workers);
     let shed = Kind::ALL.into_iter().filter(|kind| kind.is_shed()).map(Kind::cause);
-    metrics.expect(Kind::ALL.into_iter().map(Kind::cause), shed.chain([IDLE_CONNECTION]));
+    metrics.expect(Kind::ALL.into_iter().map(Kind::cause), shed.chain([worker::IDLE_CONNECTION]));
     let connections = Arc::new(Open::default());
     let counts = Counts::new(workers, connections.clone());
     let heartbeats: Arc<[AtomicU64]> = (0..workers).map(|_| AtomicU64::new(now_ms())).collect();
@@ -178,7 +159,7 @@ pub fn run(path: &Path) -> Result<u8, String> {
     let ops = settings.listen.ops.map(listener::bind).transpose().map_err(|e| format!("listen.ops: {e}"))?;
     let admin = bind_admin(&settings.listen.admin)?;
 
-    let shared = Arc::new(WorkerParts {
+    let shared = Arc::new(worker::Parts {
         store,
         phase,
         buffers: buffers.clone(),
@@ -199,7 +180,7 @@ pub fn run(path: &Path) -> Result<u8, String> {
         connection_senders.push(sender);
         let accept = if workers == 1 { commands.take().map(|c| (c, counts.clone(), caps.clone())) } else { None };
         let shared = shared.clone();
-        spawn(&format!("worker-{index}"), move || local(worker(index, shared, tasks, connections, accept)))?;
+        spawn(&format!("worker-{index}"), move || local(worker::run(index, shared, tasks, connections, accept)))?;
     }
     if let Some(commands) = commands {
         let (counts, caps) = (counts.clone(), caps.clone());
@@ -290,9 +271,9 @@ async fn control_plane(
         milliseconds = began.elapsed().as_millis() as u64, "listening"
     );
     tokio::task::spawn_local(systemd::run(control.clone()));
-    tokio::task::spawn_local(watch_certificates(control.clone()));
+    tokio::task::spawn_local(renewal::certificates(control.clone()));
     if settings.reload == crate::model::settings::ReloadMode::Watch {
-        tokio::task::spawn_local(watch_files(control.clone(), path.clone(), config.files.clone()));
+        tokio::task::spawn_local(renewal::files(control.clone(), path.clone(), config.files.clone()));
     }
     let reconciler = Reconciler::new(control.clone(), path, config, state, Box::new(listening), Rc::new(warm));
     let reconciling = tokio::task::spawn_local(reconciler.run(changes));
@@ -353,260 +334,6 @@ fn load_state(path: &Path, clustered: bool) -> Result<State, String> {
 /// The request of a preflight: of the sites that are in force when it begins.
 fn warm(snapshot: &Snapshot, upstream: &str, set: &SetConfig, preflight: &Preflight) -> Result<Question, String> {
     preflight::question(&snapshot.sites, upstream, set, preflight)
-}
-
-/// What a file is, as far as it can be told without reading it; a ConfigMap or Secret changes it by a renamed link.
-type Looks = Vec<Option<(u64, u64, i64, i64, u64)>>;
-
-fn look(files: &[PathBuf]) -> Looks {
-    use std::os::unix::fs::MetadataExt;
-    files.iter().map(|f| std::fs::metadata(f).map(|m| (m.dev(), m.ino(), m.mtime(), m.mtime_nsec(), m.len())).ok()).collect()
-}
-
-/// `reload = "watch"`.
-async fn watch_files(control: Arc<Control>, path: PathBuf, mut files: Vec<PathBuf>) {
-    if !files.contains(&path) {
-        files.push(path);
-    }
-    let mut before = look(&files);
-    loop {
-        tokio::time::sleep(WATCH_EVERY).await;
-        let now = look(&files);
-        if now != before {
-            before = now;
-            let _ = control.changes.send(Change::Reload { by: "watch", answer: None }).await;
-        }
-    }
-}
-
-/// Certificates, keys and ticket keys, in either mode: whoever renews them does not know of this process.
-async fn watch_certificates(control: Arc<Control>) {
-    let files = || -> Vec<PathBuf> {
-        let settings = control.store.load().settings.clone();
-        let certificates = settings.certificates.iter().flat_map(|files| [files.certificate.clone(), files.key.clone()]);
-        certificates.chain(settings.listen.tls_ticket_keys.iter().cloned()).collect()
-    };
-    // What has changed between the first reading and this look is read once more; where nothing has, nothing comes of it.
-    let mut before = None;
-    loop {
-        let files = files();
-        let now = Some((look(&files), files));
-        if now != before {
-            before = now;
-            let _ = control.changes.send(Change::Certificates).await;
-        }
-        tokio::time::sleep(WATCH_EVERY).await;
-    }
-}
-
-/// What every worker is given.
-struct WorkerParts {
-    store: Arc<Store>,
-    phase: Arc<PhaseCell>,
-    buffers: Buffers,
-    access: AccessLog,
-    metrics: Arc<Metrics>,
-    files: Files,
-    heartbeats: Arc<[AtomicU64]>,
-    control: Arc<Control>,
-    counts: Arc<Counts>,
-    traces: Option<Traces>,
-}
-
-type Acceptor = (mpsc::Receiver<Command>, Arc<Counts>, Caps);
-
-async fn worker(
-    index: usize,
-    parts: Arc<WorkerParts>,
-    tasks: mpsc::Receiver<Task>,
-    mut connections: mpsc::Receiver<Accepted>,
-    accept: Option<Acceptor>,
-) {
-    let dispatcher = Rc::new(Dispatcher::new(index, parts.store.clone(), parts.control.workers.clone()));
-    let shard = parts.metrics.shard(index);
-    let sinks = Rc::new(Sinks {
-        registry: inflight::Registry::default(),
-        access: parts.access.writer(),
-        metrics: shard.clone(),
-        phase: parts.phase.clone(),
-        drained: parts.control.drained.clone(),
-        traces: parts.traces.clone(),
-    });
-    let worker = Worker::new(dispatcher.clone(), parts.phase.clone(), parts.buffers.clone(), parts.files.clone(), sinks.clone());
-    let registry = Rc::new(registry::Registry::default());
-    let shared = Rc::new(Shared {
-        phase: parts.phase.clone(),
-        registry: registry.clone(),
-        settings: {
-            let store = parts.store.clone();
-            Box::new(move || store.load().settings.clone())
-        },
-        refused: {
-            let sinks = sinks.clone();
-            Box::new(move |peer: &Peer, error: &Error| sinks.refused(peer, error))
-        },
-        counts: parts.counts.clone(),
-    });
-    tokio::task::spawn_local(dispatcher.clone().sweep());
-    tokio::task::spawn_local(do_tasks(tasks, dispatcher, registry.clone(), sinks.clone()));
-    tokio::task::spawn_local({
-        let parts = parts.clone();
-        async move {
-            loop {
-                if let Some(beat) = parts.heartbeats.get(index) {
-                    beat.store(now_ms(), Ordering::Relaxed);
-                }
-                sinks.access.tick();
-                if parts.counts.wants_a_place() {
-                    (0..registry.close_idle(CLOSED_AT_ONCE)).for_each(|_| sinks.metrics.shed(IDLE_CONNECTION));
-                }
-                tokio::time::sleep(HEARTBEAT_EVERY).await;
-            }
-        }
-    });
-
-    let serve = Rc::new(move |stream, peer: Peer, permit: Permit| {
-        let (worker, shared, shard) = (worker.clone(), shared.clone(), shard.clone());
-        let service = move |peer: Peer| tower::service_fn(move |request| stack::serve(worker.clone(), peer, request));
-        tokio::task::spawn_local(async move {
-            let _counted = (permit, shard.connection());
-            connection::serve(shared, stream, peer, service).await;
-        });
-    });
-    if let Some((commands, counts, caps)) = accept {
-        let serve = serve.clone();
-        let here = Sink::Here(Box::new(move |stream, peer, permit| serve(stream, peer, permit)));
-        tokio::task::spawn_local(listener::accept(commands, counts, caps, here));
-    }
-    while let Some(Accepted { stream, peer, permit }) = connections.recv().await {
-        match tokio::net::TcpStream::from_std(stream) {
-            Ok(stream) => serve(stream, peer, permit),
-            Err(error) => tracing::error!(%error, "a connection cannot be taken over"),
-        }
-    }
-    // Where the worker accepts by itself nobody sends here; it lives as long as the process.
-    std::future::pending::<()>().await;
-}
-
-/// What other threads ask of this worker.
-async fn do_tasks(
-    mut tasks: mpsc::Receiver<Task>,
-    dispatcher: Rc<Dispatcher>,
-    connections: Rc<registry::Registry>,
-    sinks: Rc<Sinks>,
-) {
-    while let Some(task) = tasks.recv().await {
-        match task {
-            Task::Barrier(answer) => drop(answer.send(())),
-            Task::Unpark(endpoint) => drop(dispatcher.unpark(endpoint)),
-            Task::UnparkAll(endpoint) => dispatcher.unpark_all(endpoint),
-            Task::InFlight(activation, answer) => drop(answer.send(sinks.registry.list(activation))),
-            Task::Phase => connections.wake_all(),
-            Task::Flush(answer) => {
-                sinks.access.tick();
-                let _ = answer.send(());
-            }
-            Task::Cut(answer) => {
-                let _ = answer.send(sinks.registry.list(None));
-                sinks.registry.mark_cut();
-                connections.abort_busy();
-            }
-        }
-    }
-}
-
-/// The reconciler's hand on sockets, logs and budgets.
-struct Listening {
-    commands: mpsc::Sender<Command>,
-    current: BTreeSet<SocketAddr>,
-    prepared: Vec<std::net::TcpListener>,
-    log: Arc<Log>,
-    access: AccessLog,
-    buffers: Buffers,
-}
-
-impl Listeners for Listening {
-    fn prepare(&mut self, wanted: &[SocketAddr]) -> io::Result<()> {
-        self.prepared =
-            wanted.iter().filter(|a| !self.current.contains(a)).map(|a| listener::bind(*a)).collect::<io::Result<Vec<_>>>()?;
-        Ok(())
-    }
-
-    fn commit(&mut self, settings: &Settings) {
-        let keep: Vec<SocketAddr> = settings.listen.addresses().collect();
-        self.current = keep.iter().copied().collect();
-        let add = std::mem::take(&mut self.prepared);
-        for command in [Command::Caps(caps(settings)), Command::Listen { keep, add }] {
-            if self.commands.try_send(command).is_err() {
-                tracing::error!("the acceptor does not take commands");
-            }
-        }
-        self.buffers.memory.set_limit(settings.buffer.total);
-        self.buffers.disk.set_limit(settings.buffer.disk);
-    }
-
-    fn abandon(&mut self) {
-        self.prepared.clear();
-    }
-
-    fn apply(&mut self, settings: &Settings) -> Result<(), String> {
-        self.access
-            .set_target(Target::from(&*settings.log.access_file))
-            .map_err(|e| format!("access_file {}: {e}", settings.log.access_file))?;
-        self.access.set_format(&settings.log);
-        self.log.set_level(&settings.log.level)
-    }
-}
-
-fn caps(settings: &Settings) -> Caps {
-    let listen = &settings.listen;
-    Caps {
-        connections: listen.max_connections.unwrap_or_else(connections_by_descriptors),
-        per_address: listen.max_connections_per_address,
-        trusted: listen.trusted_proxies.clone(),
-        tls: listen.https.clone(),
-    }
-}
-
-/// As many as the process may have.
-fn descriptors() -> usize {
-    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
-    limit.and_then(|n| usize::try_from(n).ok()).unwrap_or(1 << 20)
-}
-
-/// A shell's soft limit is there for programs that use select(2).
-fn raise_descriptors() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
-    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
-        tracing::warn!(%error, "the limit of open files stays as it is");
-    }
-}
-
-/// A client and a connection to FPM for each, and some to spare.
-fn connections_by_descriptors() -> usize {
-    let limit = descriptors();
-    ((limit - limit / SPILL_PART).saturating_sub(SPARE_DESCRIPTORS) / 2).clamp(16, AUTO_CONNECTIONS)
-}
-
-/// Mode 0600 from its first moment: bound under a name of its own, then renamed. A socket that nobody answers on is replaced.
-fn bind_admin(path: &Path) -> Result<std::os::unix::net::UnixListener, String> {
-    let open = || -> io::Result<std::os::unix::net::UnixListener> {
-        if let Some(folder) = path.parent() {
-            std::fs::create_dir_all(folder)?;
-        }
-        if std::os::unix::net::UnixStream::connect(path).is_ok() {
-            return Err(io::Error::new(io::ErrorKind::AddrInUse, "another process answers there"));
-        }
-        let temporary = path.with_extension(format!("{}.new", std::process::id()));
-        let _ = std::fs::remove_file(&temporary);
-        let listener = std::os::unix::net::UnixListener::bind(&temporary)?;
-        std::fs::set_permissions(&temporary, std::fs::Permissions::from_mode(0o600))?;
-        std::fs::rename(&temporary, path)?;
-        listener.set_nonblocking(true)?;
-        Ok(listener)
-    };
-    open().map_err(|e| format!("listen.admin {}: {e}", path.display()))
 }
 
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), String> {

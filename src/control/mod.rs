@@ -31,6 +31,7 @@ pub mod expand;
 pub mod kubernetes;
 mod page;
 pub mod reconcile;
+pub mod renewal;
 pub mod replicas;
 pub mod sandbox;
 pub mod slices;

@@ -2,7 +2,10 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use super::{BUCKETS, Histogram, Metrics, lock};
+use super::{
+    BUCKETS, Metrics,
+    shard::{Histogram, lock},
+};
 
 /// Of one site, since the start or between two moments.
 #[derive(Clone, Debug, Default)]
