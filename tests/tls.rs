@@ -167,8 +167,19 @@ async fn a_renewed_certificate_is_for_new_connections_and_a_wrong_one_for_none()
     assert!(line.contains("a.key") && line.contains("a.crt"), "{line}");
     let refused = proxy.cli(&["reload"]).await;
     assert!(!refused.status.success(), "a reload says so too");
+    let good = async || proxy.metric(&["slackwater_config_last_reload_successful"]).await;
+    assert_eq!(good().await, Some(0.0));
+    let warnings = proxy.status().await["warnings"].to_string();
+    assert!(warnings.contains("is not that of the certificate"), "{warnings}");
     assert!(shown(&connect(proxy.https(), &before, "a.example").await.unwrap()) == first);
     std::fs::write(folder.path().join("a.key"), key).unwrap();
+    eventually("all is well again, and nobody had to reload", async || match good().await {
+        Some(1.0) => Ok(()),
+        other => Err(format!("{other:?}")),
+    })
+    .await;
+    let warnings = proxy.status().await["warnings"].to_string();
+    assert!(!warnings.contains("is not that of the certificate"), "{warnings}");
 
     // While clients come and go, none of them fails, whichever it is shown.
     let second = make(folder.path(), "c", &["a.example"]);

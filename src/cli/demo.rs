@@ -163,10 +163,11 @@ fn instructions(demo: &Demo) {
     say(&format!(
         "open http://{http}/ (and /slow, which takes 1.5 s)\n\
          swap:   {itself} swap php green --wait --admin {admin}\n\
-         status: {itself} status --admin {admin}\n\
+         status: http://{ops}/ in a browser, or {itself} status --admin {admin}\n\
          files:  {folder} (removed at the end)\n\
          Ctrl-C ends it",
         http = demo.http,
+        ops = demo.ops,
         admin = admin.display(),
         folder = demo.folder.0.display(),
     ));

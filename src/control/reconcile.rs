@@ -359,7 +359,7 @@ impl Reconciler {
         };
         self.control.told().certificates = None;
         if loaded == self.config.settings.tls {
-            return;
+            return self.make_up_for_a_refusal();
         }
         for warning in loaded.iter().flat_map(|tls| tls::warnings(&tls.certificates, SystemTime::now())) {
             tracing::warn!("{warning}");
@@ -374,10 +374,7 @@ impl Reconciler {
                 self.put_in_force(next, "certificates", FILE_TURN_BUDGET);
                 self.control.metrics.reload("applied");
                 tracing::info!("the certificates have been read anew");
-                // A reload in between may have met the one file without the other.
-                if self.control.told().reload.as_ref().is_some_and(|last| last.outcome == "refused") {
-                    self.reload("certificates");
-                }
+                self.make_up_for_a_refusal();
             }
             Err(reason) => {
                 // So that they are tried again when they change again.
@@ -386,6 +383,15 @@ impl Reconciler {
                 self.control.metrics.reload("refused");
                 self.control.told().certificates = Some(format!("the certificates cannot be put in force: {reason}"));
             }
+        }
+    }
+
+    /// A reload may have met one file of a certificate without the other. What else it would have changed waits for the next one.
+    fn make_up_for_a_refusal(&mut self) {
+        let refused = self.control.told().reload.as_ref().is_some_and(|last| last.outcome == "refused");
+        let on_disk = || config::load(&self.path, &|name| std::env::var(name).ok());
+        if refused && on_disk().is_ok_and(|config| config.hash == self.config.hash) {
+            self.reload("certificates");
         }
     }
 
