@@ -25,15 +25,13 @@ use crate::{
         spill::Buffers,
         stack::{self, Worker},
     },
-    lifecycle::PhaseCell,
+    lifecycle::{Phase, PhaseCell},
     model::Peer,
     telemetry::{access_log::AccessLog, metrics::Metrics, trace::Traces},
     upstream::{Dispatcher, Store, dispatch::now_ms, store::Task},
 };
 
 const HEARTBEAT_EVERY: Duration = Duration::from_millis(100);
-/// So many idle connections a worker closes at each beat while there are too many.
-const CLOSED_AT_ONCE: usize = 64;
 /// The reason in `slackwater_shed_total`.
 pub(super) const IDLE_CONNECTION: &str = "idle_connection";
 
@@ -95,8 +93,12 @@ pub(super) async fn run(
                     beat.store(now_ms(), Ordering::Relaxed);
                 }
                 sinks.access.tick();
-                if parts.counts.wants_a_place() {
-                    (0..registry.close_idle(CLOSED_AT_ONCE)).for_each(|_| sinks.metrics.shed(IDLE_CONNECTION));
+                // In the drain each has its `quiet`.
+                let wanted = if parts.phase.get() < Phase::Draining { parts.counts.wanted() } else { 0 };
+                if wanted > 0 {
+                    let closed = registry.close_idle(wanted);
+                    parts.counts.gave_up(closed);
+                    (0..closed).for_each(|_| sinks.metrics.shed(IDLE_CONNECTION));
                 }
                 tokio::time::sleep(HEARTBEAT_EVERY).await;
             }

@@ -33,6 +33,12 @@ impl Batch {
         Batch(Rc::new(RefCell::new(Inner { io, unsent: BytesMut::new(), unflushed: false })))
     }
 
+    /// Bytes that the client has not acknowledged yet, and such that the kernel has not taken.
+    pub fn undelivered(&self) -> usize {
+        let inner = self.0.borrow();
+        inner.unsent.len() + usize::from(inner.unflushed) + inner.io.undelivered()
+    }
+
     /// Sends what was gathered.
     pub fn poll_send(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.0.borrow_mut().poll_send(cx)

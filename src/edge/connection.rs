@@ -22,7 +22,7 @@ use tower::Service;
 
 use super::{
     batch::Batch,
-    io::{Io, Progress, Stage, Stream, Watched},
+    io::{ASK_EVERY, Delivery, Io, Progress, Stage, Stream, Watched},
     listener::Counts,
     proxy_protocol,
     registry::Registry,
@@ -114,10 +114,18 @@ where
     let sniffed = if let Some(protocol) = chosen {
         Ok(Ok(Some(protocol)))
     } else {
-        let sniffing = sniff::sniff(&mut io);
-        tokio::pin!(sniffing);
-        // An idle client that has sent nothing yet has idle_timeout; one that has begun, header_timeout.
-        under_deadlines(&context, &settings, &progress, |cx| sniffing.as_mut().poll(cx)).await
+        loop {
+            // An idle client that has sent nothing yet has idle_timeout; one that has begun, header_timeout.
+            let sniffed = {
+                let sniffing = sniff::sniff(&mut io);
+                tokio::pin!(sniffing);
+                under_deadlines(&context, &settings, &progress, |cx| sniffing.as_mut().poll(cx)).await
+            };
+            if !matches!(sniffed, Err(End::Idle)) || !io.has_input() {
+                break sniffed;
+            }
+            progress.stays();
+        }
     };
     let protocol = match sniffed {
         Ok(Ok(Some(protocol))) => protocol,
@@ -206,16 +214,24 @@ impl Way<'_> {
                     return finish(context, peer, progress, End::LineTooLong, connection.into_parts().io.into_inner()).await;
                 }
                 Ok(Err(error)) => return refused_by_hyper(context, peer, &error),
-                Err(End::Park) => {
+                Err(end @ (End::Park | End::Idle)) => {
                     let parts = connection.into_parts();
                     io = parts.io.into_inner();
                     io.take_back(parts.read_buf);
+                    if end == End::Idle && !io.has_input() {
+                        return finish(context, peer, progress, end, io).await;
+                    }
+                    progress.stays();
                 }
                 Err(end) => return finish(context, peer, progress, end, connection.into_parts().io.into_inner()).await,
             }
             // hyper's buffers and state are gone; what is left of an idle connection is its socket.
-            if let Err(end) = self.under_deadlines(|cx| io.poll_readable(cx)).await {
-                return finish(context, peer, progress, end, io).await;
+            while let Err(end) = self.under_deadlines(|cx| io.poll_readable(cx)).await {
+                // A request that has just come is not one that crosses our end.
+                if end != End::Idle || !io.has_input() {
+                    return finish(context, peer, progress, end, io).await;
+                }
+                progress.stays();
             }
         }
     }
@@ -241,6 +257,7 @@ impl Way<'_> {
             .serve_connection(TokioIo::new(batch.clone()), service);
         tokio::pin!(connection);
         let leaving = Cell::new(false);
+        let mut delivery = Delivery::default();
         let is_trusted = is_within(peer.remote.ip(), &listen.trusted_proxies);
         loop {
             let end = self
@@ -269,8 +286,15 @@ impl Way<'_> {
                 })
                 .await;
             match end {
+                // What was handed to the kernel is not with the client yet, and would be lost with the next word of that client's.
+                Err(End::Idle) if delivery.goes_on(batch.undelivered()) => {
+                    progress.unwanted.set(false);
+                    ask_again(context, settings, progress);
+                }
+                // The client has its time to hear that no more is taken, also where it is to make room.
                 Err(End::Idle) if !leaving.get() => {
                     leaving.set(true);
+                    progress.unwanted.set(false);
                     connection.as_mut().graceful_shutdown();
                     progress.since.set(Instant::now());
                 }
@@ -388,12 +412,25 @@ async fn under_deadlines<T>(
     std::future::poll_fn(|cx| clock::once(|| look(cx))).await
 }
 
+/// Looks at an idle connection again soon, whatever its time is counted from.
+fn ask_again(context: &Shared, settings: &Settings, progress: &Progress) {
+    let time = match context.phase.get() {
+        phase if phase >= Phase::Aborting => Duration::ZERO,
+        Phase::Draining => settings.drain.quiet,
+        _ => settings.listen.idle_timeout,
+    };
+    let now = Instant::now();
+    progress.since.set(now.checked_sub(time).unwrap_or(now) + ASK_EVERY);
+}
+
 fn next_deadline(context: &Shared, settings: &Settings, progress: &Progress) -> Option<(Instant, End)> {
     let since = progress.since.get();
     let stage = match progress.stage.get() {
         Stage::Busy => None,
         Stage::Head => Some((since + settings.listen.header_timeout, End::HeadTimeout)),
-        Stage::Idle if progress.unwanted.get() || context.phase.get() >= Phase::Aborting => Some((since, End::Idle)),
+        Stage::Idle if context.phase.get() >= Phase::Aborting => Some((since, End::Idle)),
+        // Not while an answer is still on its way.
+        Stage::Idle if progress.unwanted.get() && !progress.stall.is_blocked() => Some((since, End::Idle)),
         Stage::Idle if context.phase.get() >= Phase::Draining => Some((since + settings.drain.quiet, End::Idle)),
         // Not while an answer is still on its way.
         Stage::Idle if progress.may_park.get() && PARK_AFTER < settings.listen.idle_timeout && !progress.stall.is_blocked() => {
@@ -476,6 +513,7 @@ impl Started {
         progress.served.set(progress.served.get() + 1);
         progress.linger.set(has_body);
         progress.stage.set(Stage::Busy);
+        progress.unwanted.set(false);
         Started { progress, answered: false }
     }
 }

@@ -34,7 +34,26 @@ thread_local! {
 }
 
 /// How often the kernel is asked whether the client has acknowledged everything.
-const ASK_EVERY: Duration = Duration::from_millis(20);
+pub const ASK_EVERY: Duration = Duration::from_millis(20);
+/// A client that acknowledges nothing for so long is not there any more.
+const DELIVERED_WITHIN: Duration = Duration::from_secs(30);
+
+/// What the kernel has yet to bring to the client, as it was seen to become less.
+#[derive(Debug, Default)]
+pub struct Delivery(Option<(usize, Instant)>);
+
+impl Delivery {
+    /// Whether it is to be waited for, with so many bytes on their way now.
+    pub fn goes_on(&mut self, undelivered: usize) -> bool {
+        let now = Instant::now();
+        match self.0 {
+            _ if undelivered == 0 => self.0 = None,
+            Some((before, since)) if undelivered >= before => return now < since + DELIVERED_WITHIN,
+            _ => self.0 = Some((undelivered, now)),
+        }
+        undelivered > 0
+    }
+}
 
 /// Where a connection stands between its requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,6 +140,12 @@ impl Progress {
         self.taken_back.set(self.taken_back.get() + 1);
     }
 
+    /// Something has come just when it was to end for want of it.
+    pub fn stays(&self) {
+        self.unwanted.set(false);
+        self.since.set(Instant::now());
+    }
+
     pub fn wake(&self) {
         if let Some(waker) = &*self.waker.borrow() {
             waker.wake_by_ref();
@@ -133,6 +158,7 @@ impl Progress {
         }
         if self.stage.get() == Stage::Idle {
             self.enter(Stage::Head);
+            self.unwanted.set(false);
             // Where it is refused before it is a request, more of it may be on its way.
             self.linger.set(true);
         }
@@ -270,6 +296,7 @@ struct Lingering {
     discarded: usize,
     /// Nothing more is to be read.
     over: bool,
+    delivery: Delivery,
 }
 
 impl Io {
@@ -286,6 +313,16 @@ impl Io {
         read.advance(empty_lines(&read));
         self.progress.received(&read);
         self.prefix = read;
+    }
+
+    /// Bytes that the client has not acknowledged yet: what the kernel has taken is not there for long.
+    pub fn undelivered(&self) -> usize {
+        unacked(self.stream.tcp())
+    }
+
+    /// Whether the kernel has something for us: the runtime may not have heard of it yet.
+    pub fn has_input(&self) -> bool {
+        super::is_readable(self.stream.tcp())
     }
 
     /// Until there is something to read, an end among it. Takes no buffer.
@@ -309,6 +346,7 @@ impl Io {
             timeout: Box::pin(tokio::time::sleep(LINGER_TIME)),
             discarded: 0,
             over: false,
+            delivery: Delivery::default(),
         });
         let mut scratch = [0u8; 8 * 1024];
         while !lingering.over {
@@ -323,7 +361,9 @@ impl Io {
                 Poll::Pending => lingering.over = true,
             }
         }
-        while self.progress.leaving.get() && unacked(self.stream.tcp()) > 0 {
+        // A client of HTTP/2 goes on talking of windows: on a socket that is closed that would reset what is still on its way to it.
+        let waits = self.progress.leaving.get() || self.progress.multiplexed.get();
+        while waits && lingering.delivery.goes_on(unacked(self.stream.tcp())) {
             // The kernel does not say when; a connection that is cut ends this.
             if lingering.timeout.is_elapsed() || lingering.timeout.deadline() > Instant::now() + ASK_EVERY {
                 lingering.timeout.as_mut().reset(Instant::now() + ASK_EVERY);
@@ -377,7 +417,7 @@ impl AsyncWrite for Io {
         // No other request comes after this, whatever its bytes look like.
         self.progress.may_park.set(false);
         ready!(either!(&mut self.stream, inner => inner.poll_shutdown(cx)))?;
-        if self.progress.linger.get() || self.progress.leaving.get() {
+        if self.progress.linger.get() || self.progress.leaving.get() || self.progress.multiplexed.get() {
             // No longer that of a head: what was to be said of it is said.
             self.progress.stage.set(Stage::Busy);
             ready!(self.poll_linger(cx));

@@ -10,7 +10,7 @@ use std::{
     rc::Rc,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -23,6 +23,7 @@ use tokio::{
     time::Instant,
 };
 
+use super::is_readable;
 use crate::{
     lifecycle::drain::Open,
     model::{Peer, peer::is_within},
@@ -32,6 +33,8 @@ use crate::{
 const BACKLOG: i32 = 4096;
 /// After an error that only time mends (no file descriptors).
 const BACK_OFF: Duration = Duration::from_millis(50);
+/// So many idle connections are to go for clients that wait, each time that it is looked.
+const PLACES: usize = 8;
 /// At its end a listener is emptied until no connection came for this long ...
 const BACKLOG_QUIET: Duration = Duration::from_millis(100);
 /// ... and for at most this long.
@@ -82,8 +85,8 @@ pub struct Caps {
 pub struct Counts {
     workers: Vec<AtomicUsize>,
     open: Arc<Open>,
-    /// There are `max_connections`, and another client waits.
-    wanted: AtomicBool,
+    /// There are `max_connections`, and other clients wait: so many are to make room.
+    wanted: AtomicUsize,
     /// Only addresses that have a connection are in it, so it is bounded by their number.
     by_address: Mutex<HashMap<IpAddr, usize>>,
 }
@@ -92,16 +95,20 @@ impl Counts {
     /// `open` counts them all.
     pub fn new(workers: usize, open: Arc<Open>) -> Arc<Self> {
         let workers = (0..workers).map(|_| AtomicUsize::new(0)).collect();
-        Arc::new(Counts { workers, open, wanted: AtomicBool::new(false), by_address: Mutex::default() })
+        Arc::new(Counts { workers, open, wanted: AtomicUsize::new(0), by_address: Mutex::default() })
     }
 
     pub fn total(&self) -> usize {
         self.open.count()
     }
 
-    /// A client waits for another one's place: whoever can is to give one up.
-    pub fn wants_a_place(&self) -> bool {
+    /// How many places others wait for; whoever gives up some says so.
+    pub fn wanted(&self) -> usize {
         self.wanted.load(Ordering::Relaxed)
+    }
+
+    pub fn gave_up(&self, places: usize) {
+        let _ = self.wanted.try_update(Ordering::Relaxed, Ordering::Relaxed, |wanted| Some(wanted.saturating_sub(places)));
     }
 
     fn fewest(&self) -> usize {
@@ -232,11 +239,12 @@ impl Acceptor {
     async fn run(self: Rc<Self>, listener: TcpListener, address: SocketAddr, mut stopped: oneshot::Receiver<()>) {
         loop {
             if self.counts.total() >= self.caps.borrow().connections {
-                if has_waiting(&listener) {
-                    self.counts.wanted.store(true, Ordering::Relaxed);
+                // Somebody waits.
+                if is_readable(&listener) {
+                    self.counts.wanted.store(PLACES, Ordering::Relaxed);
                     if let Some(unsaid) = self.fullness.may_say() {
                         let connections = self.counts.total();
-                        tracing::warn!(%address, connections, unsaid, "max_connections reached; the longest idle connections are closed, new ones wait in the backlog");
+                        tracing::warn!(%address, connections, unsaid, "max_connections reached; new ones wait in the backlog, and the longest idle ones that are no trusted proxy's are closed");
                     }
                 }
                 tokio::select! {
@@ -244,13 +252,14 @@ impl Acceptor {
                     _ = &mut stopped => break,
                 }
             }
-            self.counts.wanted.store(false, Ordering::Relaxed);
+            self.counts.wanted.store(0, Ordering::Relaxed);
             tokio::select! {
                 biased;
                 accepted = listener.accept() => self.on_accept(accepted, address).await,
                 _ = &mut stopped => break,
             }
         }
+        self.counts.wanted.store(0, Ordering::Relaxed);
         let limit = Instant::now() + BACKLOG_LIMIT;
         while let Ok(accepted) = tokio::time::timeout_at(limit.min(Instant::now() + BACKLOG_QUIET), listener.accept()).await {
             self.on_accept(accepted, address).await;
@@ -291,12 +300,6 @@ impl Acceptor {
             }
         }
     }
-}
-
-/// Whether accept(2) would give a connection.
-fn has_waiting(listener: &TcpListener) -> bool {
-    use rustix::event::{PollFd, PollFlags, Timespec, poll};
-    poll(&mut [PollFd::new(listener, PollFlags::IN)], Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
 }
 
 /// Errors of the connection that was to be accepted, not of the listener (accept(2)).

@@ -10,3 +10,9 @@ pub mod sniff;
 pub mod stall;
 pub mod streams;
 pub mod unacked;
+
+/// Whether read(2) or accept(2) would give something now.
+fn is_readable(socket: impl std::os::fd::AsFd) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    poll(&mut [PollFd::new(&socket, PollFlags::IN)], Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+}

@@ -312,3 +312,106 @@ async fn a_preface_or_a_head_that_does_not_end_has_its_deadline() {
     }
     still_answers(&proxy).await;
 }
+
+/// A client with a large window that reads slowly: megabytes of its answer are with the kernel when the proxy has nothing more to do with it. It goes on talking of
+/// windows, as clients do, so that closing the socket would reset what is still on its way. Gives how many bytes of the answer came.
+async fn reads_slowly(mut wire: Wire, pace: Duration) -> usize {
+    wire.send(&frame(WINDOW_UPDATE, 0, 0, &(6_u32 << 20).to_be_bytes())).await;
+    wire.send(&get(1, "/big.php")).await;
+    let mut bytes = 0;
+    while let Ok(Some(next)) = wire.next().await {
+        if next.kind == PING && next.flags & ACK == 0 {
+            wire.send(&frame(PING, ACK, 0, &next.payload)).await;
+        }
+        if next.kind == DATA {
+            bytes += next.payload.len();
+            if next.flags & END_STREAM != 0 {
+                break;
+            }
+            wire.send(&frame(WINDOW_UPDATE, 0, 0, &u32::try_from(next.payload.len()).unwrap().to_be_bytes())).await;
+            tokio::time::sleep(pace).await;
+        }
+    }
+    bytes
+}
+
+async fn with_a_large_window(proxy: &Slackwater) -> Wire {
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(64 << 10).unwrap();
+    Wire::over(socket.connect(proxy.http()).await.unwrap(), &[(4, 6 << 20)]).await
+}
+
+/// An answer that the kernel has taken is not with its client yet: neither the drain nor another client that wants the place cuts it.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_on_its_way_is_not_cut() {
+    const ANSWER: usize = 3_000_000;
+    let fpm = ScriptedFpm::start(Behaviour::big_body(ANSWER)).await;
+    fpm.on("/after", Behaviour::hello("blue"));
+    for drained in [true, false] {
+        let config = toml(&fpm.address().to_string(), "max_connections = 2", "workers_per_endpoint = 8")
+            + "[drain]\ngrace = \"60s\"\nlame_duck = \"0s\"\nquiet = \"200ms\"\n";
+        let mut proxy = Slackwater::start(&config).await;
+        let wire = with_a_large_window(&proxy).await;
+        // Some six seconds in all.
+        let reader = tokio::spawn(reads_slowly(wire, Duration::from_millis(30)));
+        eventually("PHP is through with it", async || match proxy.metric(&["slackwater_requests_total", "200"]).await {
+            Some(1.0) => Ok(()),
+            other => Err(format!("{other:?}")),
+        })
+        .await;
+        assert!(!reader.is_finished());
+        if drained {
+            proxy.terminate();
+        } else {
+            // One place more, and two that want it.
+            for _ in 0..2 {
+                still_answers(&proxy).await;
+            }
+            let _kept = crate::support::http::Connection::open(proxy.http()).await.unwrap();
+            let address = proxy.http();
+            let newcomer = tokio::spawn(async move { http::get(address, "/after.php").await });
+            assert_eq!(within(PATIENCE, "a place", newcomer).await.unwrap().unwrap().status, 200);
+        }
+        let came = within(Duration::from_secs(60), "all of the answer", reader).await.unwrap();
+        assert_eq!(came, ANSWER, "{}", if drained { "in the drain" } else { "for another client" });
+        if drained {
+            assert_eq!(proxy.wait_exit(PATIENCE).await, 0);
+        }
+    }
+}
+
+/// Whoever is to make room is told so and given the time to hear it: a request that crosses GOAWAY is answered.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_crosses_the_end_of_an_idle_connection_is_answered() {
+    let fpm = ScriptedFpm::start(Behaviour::hello("blue")).await;
+    let proxy = start(&fpm, "max_connections = 1").await;
+    for _ in 0..5 {
+        let mut wire = Wire::open(proxy.http(), &[]).await;
+        wire.send(&get(1, "/a.php")).await;
+        assert_eq!(wire.verdict(1).await, OK);
+        let address = proxy.http();
+        let newcomer = tokio::spawn(async move { http::get(address, "/after.php").await });
+        let goaway = loop {
+            let frame = wire.next().await.unwrap().expect("GOAWAY comes before the end");
+            if frame.kind == crate::support::h2wire::GOAWAY {
+                break frame;
+            }
+        };
+        // It may have run whatever was sent until now, so it must.
+        assert_eq!(goaway.payload[..4], 0x7fff_ffff_u32.to_be_bytes());
+        // The way there and back takes time.
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        wire.send(&get(3, "/b.php")).await;
+        assert_eq!(wire.verdict(3).await, OK);
+        loop {
+            match wire.next().await.unwrap() {
+                Some(next) if next.kind == PING && next.flags & ACK == 0 => {
+                    drop(wire.send(&frame(PING, ACK, 0, &next.payload)).await)
+                }
+                Some(_) => {}
+                None => break,
+            }
+        }
+        assert_eq!(within(PATIENCE, "an answer", newcomer).await.unwrap().unwrap().status, 200);
+    }
+}

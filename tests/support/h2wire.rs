@@ -130,7 +130,10 @@ pub fn status(block: &[u8]) -> Option<u16> {
 impl Wire {
     /// Connected, with the preface and these settings sent.
     pub async fn open(address: SocketAddr, settings: &[(u16, u32)]) -> Wire {
-        let stream = TcpStream::connect(address).await.expect("it listens");
+        Wire::over(TcpStream::connect(address).await.expect("it listens"), settings).await
+    }
+
+    pub async fn over(stream: TcpStream, settings: &[(u16, u32)]) -> Wire {
         stream.set_nodelay(true).expect("a socket");
         let mut wire = Wire { stream, read: BytesMut::new() };
         let settings: Vec<u8> =
