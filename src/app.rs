@@ -8,7 +8,10 @@ use std::{
     io,
     path::{Path, PathBuf},
     rc::Rc,
-    sync::{Arc, Mutex, atomic::AtomicU64},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, AtomicUsize},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -21,7 +24,7 @@ use tokio::{
 
 use crate::{
     control::{
-        Control, Told, api,
+        Control, Told, alarm, api,
         build::{self, Before},
         config::{self, Config},
         reconcile::{Change, Listeners, Reconciler},
@@ -61,6 +64,8 @@ mod worker;
 
 use sockets::{Listening, SPILL_PART, bind_admin, caps, descriptors, raise_descriptors};
 
+/// For the answer to who waits for the end of a drain to reach its socket.
+const ANSWER: Duration = Duration::from_millis(10);
 const FLUSH_LIMIT: Duration = Duration::from_secs(1);
 const CHANNEL: usize = 1024;
 /// Threads that may block at once in the process's pool.
@@ -128,12 +133,15 @@ pub fn run(path: &Path) -> Result<u8, String> {
         terminate: terminate_sender,
         heartbeats: heartbeats.clone(),
         connections,
+        connections_max: AtomicUsize::new(caps(&settings).connections),
         drained: Arc::default(),
         instance: format!("{:016x}", rand::random::<u64>()).into(),
         contacts: Arc::default(),
         sandbox,
         told: Mutex::new(Told { warnings: config.warnings.clone(), ..Told::default() }),
         news: Notify::new(),
+        left: watch::channel(None).0,
+        asking: Arc::default(),
     });
     metrics.set_source({
         let (control, buffers, access) = (Arc::downgrade(&control), buffers.clone(), access.clone());
@@ -145,7 +153,6 @@ pub fn run(path: &Path) -> Result<u8, String> {
                 access_log_lost: access.lost(),
                 buffer_memory_limit_bytes: buffers.memory.limit(),
                 buffer_disk_limit_bytes: buffers.disk.limit(),
-                connections_max: caps(&control.store.load().settings).connections as u64,
                 log_lost: log.lost(),
                 traces_lost: traces.as_ref().map_or(0, Traces::lost),
                 ..status::gauges(&control)
@@ -205,6 +212,7 @@ pub fn run(path: &Path) -> Result<u8, String> {
         log: log.clone(),
         access: access.clone(),
         buffers,
+        control: control.clone(),
     };
     let cut = local(control_plane(
         control,
@@ -219,11 +227,14 @@ pub fn run(path: &Path) -> Result<u8, String> {
         began,
     ));
     let _ = std::fs::remove_file(&settings.listen.admin);
-    access.flush_and_stop(FLUSH_LIMIT);
+    // Where requests were cut the grace period is nearly over: one limit for all, and what is worth most comes first.
+    let until = Instant::now() + if cut { terminate::EXIT_RESERVE / 2 } else { FLUSH_LIMIT };
+    let left = || until.saturating_duration_since(Instant::now());
+    access.flush_and_stop(left());
+    log.flush_and_stop(left());
     if let Some(traces) = traces {
-        traces.flush(FLUSH_LIMIT);
+        traces.flush(left());
     }
-    log.flush_and_stop(FLUSH_LIMIT);
     Ok(if cut { 3 } else { 0 })
 }
 
@@ -271,6 +282,7 @@ async fn control_plane(
         milliseconds = began.elapsed().as_millis() as u64, "listening"
     );
     tokio::task::spawn_local(systemd::run(control.clone()));
+    tokio::task::spawn_local(alarm::run(control.clone()));
     tokio::task::spawn_local(renewal::certificates(control.clone()));
     if settings.reload == crate::model::settings::ReloadMode::Watch {
         tokio::task::spawn_local(renewal::files(control.clone(), path.clone(), config.files.clone()));
@@ -309,7 +321,13 @@ async fn control_plane(
     })
     .await;
     // The last requests have just ended: their lines are still with the workers.
-    let _ = tokio::time::timeout(FLUSH_LIMIT, control.workers.ask_all(Task::Flush)).await;
+    let _ = tokio::time::timeout(terminate::EXIT_RESERVE / 2, control.workers.ask_all(Task::Flush)).await;
+    // Who waits for the end is told how it was; the answer itself is written when its connection's task is next polled.
+    let _ = tokio::time::timeout(terminate::EXIT_RESERVE / 4, async {
+        control.asking.none().await;
+        tokio::time::sleep(ANSWER).await;
+    })
+    .await;
     handling.abort();
     reconciling.abort();
     cut

@@ -1,11 +1,18 @@
 //! Listening sockets, and how many connections and files there may be.
 
-use std::{collections::BTreeSet, io, net::SocketAddr, os::unix::fs::PermissionsExt, path::Path, sync::Arc};
+use std::{
+    collections::BTreeSet,
+    io,
+    net::SocketAddr,
+    os::unix::fs::PermissionsExt,
+    path::Path,
+    sync::{Arc, atomic::Ordering},
+};
 
 use tokio::sync::mpsc;
 
 use crate::{
-    control::reconcile::Listeners,
+    control::{Control, reconcile::Listeners},
     edge::listener::{self, Caps, Command},
     http::spill::Buffers,
     model::Settings,
@@ -27,6 +34,7 @@ pub(super) struct Listening {
     pub log: Arc<Log>,
     pub access: AccessLog,
     pub buffers: Buffers,
+    pub control: Arc<Control>,
 }
 
 impl Listeners for Listening {
@@ -40,7 +48,9 @@ impl Listeners for Listening {
         let keep: Vec<SocketAddr> = settings.listen.addresses().collect();
         self.current = keep.iter().copied().collect();
         let add = std::mem::take(&mut self.prepared);
-        for command in [Command::Caps(caps(settings)), Command::Listen { keep, add }] {
+        let caps = caps(settings);
+        self.control.connections_max.store(caps.connections, Ordering::Relaxed);
+        for command in [Command::Caps(caps), Command::Listen { keep, add }] {
             if self.commands.try_send(command).is_err() {
                 tracing::error!("the acceptor does not take commands");
             }

@@ -116,8 +116,29 @@ impl Admin {
     fn socket(&self) -> Result<PathBuf, String> {
         match &self.admin {
             Some(path) => Ok(path.clone()),
-            None => self.load().map(|config| config.settings.listen.admin.clone()),
+            None => match self.load() {
+                Ok(config) => Ok(config.settings.listen.admin.clone()),
+                // The very moment at which an operator wants to know how the process is.
+                Err(reason) => match self.told_socket() {
+                    Some(path) => {
+                        say(&format!(
+                            "the configuration has errors (see slackwater check); the process at {} is asked",
+                            path.display()
+                        ));
+                        Ok(path)
+                    }
+                    None => Err(reason),
+                },
+            },
         }
+    }
+
+    /// `listen.admin` of a file that is TOML, whatever else is wrong with it.
+    fn told_socket(&self) -> Option<PathBuf> {
+        let file: toml::Table = std::fs::read_to_string(&self.config).ok()?.parse().ok()?;
+        let told = file.get("listen").and_then(|listen| listen.get("admin"));
+        let path = told.map_or(crate::control::config::DEFAULT_ADMIN, |told| told.as_str().unwrap_or_default());
+        (!path.contains("{{")).then(|| PathBuf::from(path)).filter(|path| path.exists())
     }
 
     fn load(&self) -> Result<Config, String> {

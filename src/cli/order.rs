@@ -1,6 +1,11 @@
 //! The commands that speak to a running process over its admin socket.
 
-use std::{io, path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
 
 use http::Method;
 use serde_json::Value;
@@ -13,6 +18,8 @@ use crate::control::{
 
 /// Shown in the table.
 const RECEIPTS: usize = 5;
+/// As the process that has cut requests.
+const CUT: u8 = 3;
 
 pub enum Order {
     Reload,
@@ -42,7 +49,7 @@ async fn give(socket: PathBuf, order: Order) -> io::Result<ExitCode> {
             return Ok(ExitCode::SUCCESS);
         }
         Order::Reload => ("/reload", Vec::new()),
-        Order::Drain => ("/drain", Vec::new()),
+        Order::Drain => return drain(&socket).await,
         Order::Swap(order) => ("/swap", serde_json::to_vec(order)?),
         Order::Endpoint(order) => ("/endpoint", serde_json::to_vec(order)?),
     };
@@ -59,25 +66,47 @@ async fn give(socket: PathBuf, order: Order) -> io::Result<ExitCode> {
     for left in &outcome.left {
         eprintln!("left: {left}");
     }
-    if matches!(order, Order::Drain) {
-        follow_drain(&socket).await;
-    }
     Ok(if outcome.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// A line whenever something has changed, until the process is gone.
-async fn follow_drain(socket: &std::path::Path) {
+/// Shows how it goes, and ends with the exit code that the process has.
+async fn drain(socket: &Path) -> io::Result<ExitCode> {
+    let order = client::call(socket, Method::POST, "/drain?wait", Vec::new());
+    tokio::pin!(order);
+    println!("draining");
+    let answer = tokio::select! {
+        answer = &mut order => answer,
+        () = follow_drain(socket) => order.await,
+    };
+    let outcome: Outcome = serde_json::from_slice(&answer?)?;
+    if outcome.ok {
+        println!("{}", outcome.message);
+    } else {
+        eprintln!("slackwater: {}", outcome.message);
+    }
+    if let Some(receipt) = &outcome.receipt {
+        println!("{receipt}");
+    }
+    Ok(if outcome.ok { ExitCode::SUCCESS } else { ExitCode::from(CUT) })
+}
+
+/// A line whenever something has changed, until the process does not answer any more.
+async fn follow_drain(socket: &Path) {
     let mut last = String::new();
     while let Ok(status) = client::call(socket, Method::GET, "/status", Vec::new()).await {
         let status: Value = serde_json::from_slice(&status).unwrap_or_default();
-        let line = format!("{}: {} connections", status["phase"].as_str().unwrap_or("?"), status["connections"]);
+        let number = status["connections"].as_u64().unwrap_or_default();
+        let line = format!(
+            "{}: {number} {}",
+            status["phase"].as_str().unwrap_or("?"),
+            if number == 1 { "connection" } else { "connections" }
+        );
         if line != last {
             println!("{line}");
             last = line;
         }
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
-    println!("gone");
 }
 
 fn table(status: &Value) -> String {
@@ -88,6 +117,20 @@ fn table(status: &Value) -> String {
         status["generation"],
         text(&status["config_hash"])
     );
+    if let Some(leaving) = status["leaving"].as_object() {
+        let left =
+            leaving["next_phase_seconds"].as_f64().map_or_else(String::new, |s| format!(", the next phase in {s:.0} s at most"));
+        out += &format!("asked to end by {}{left}\n", text(&leaving["by"]));
+    }
+    if let Some(hung) = status["hung_workers"].as_array().filter(|hung| !hung.is_empty()) {
+        out += &format!("NO SIGN OF LIFE for 5 s from workers {}: /livez fails\n", Value::Array(hung.clone()));
+    }
+    let reload = &status["last_reload"];
+    if reload["outcome"] == "refused" {
+        out += &format!("last reload REFUSED, {}: {}\n", text(&reload["at"]), text(&reload["reason"]));
+    } else if reload["outcome"].is_string() {
+        out += &format!("last reload {}, {}\n", text(&reload["outcome"]), text(&reload["at"]));
+    }
     let empty = serde_json::Map::new();
     for (name, upstream) in status["upstreams"].as_object().unwrap_or(&empty) {
         let (active, by) = (text(&upstream["active"]), text(&upstream["active_by"]));

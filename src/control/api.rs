@@ -19,6 +19,7 @@ use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, UnixListener},
     sync::{Semaphore, oneshot},
+    time::Instant,
 };
 
 use super::{
@@ -27,9 +28,12 @@ use super::{
     status,
 };
 use crate::{
-    lifecycle::{Phase, drain::CutRequest},
+    lifecycle::{
+        Phase,
+        drain::{CutRequest, Receipt},
+    },
     model::peer::is_within,
-    telemetry::metrics,
+    telemetry::{metrics, seldom::Seldom},
 };
 
 type Answer = Response<Either<Full<bytes::Bytes>, page::Events>>;
@@ -96,6 +100,7 @@ impl Outcome {
 /// Serves the admin socket until its task is dropped. Only the process's own user can open it (mode 0600).
 pub async fn serve_admin(control: Arc<Control>, listener: UnixListener) {
     let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let failures = Seldom::default();
     loop {
         let Ok(permit) = permits.clone().acquire_owned().await else { return };
         match listener.accept().await {
@@ -119,7 +124,9 @@ pub async fn serve_admin(control: Arc<Control>, listener: UnixListener) {
                 });
             }
             Err(error) => {
-                tracing::error!(%error, "accept on the admin socket failed; trying again");
+                if let Some(unsaid) = failures.may_say() {
+                    tracing::error!(%error, unsaid, "accept on the admin socket failed; trying again");
+                }
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         }
@@ -133,6 +140,7 @@ fn may_order(uid: u32) -> bool {
 /// Serves the ops port until its task is dropped.
 pub async fn serve_ops(control: Arc<Control>, listener: TcpListener) {
     let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let failures = Seldom::default();
     // By peer; an entry goes with its last connection.
     let open: Rc<RefCell<HashMap<IpAddr, usize>>> = Rc::default();
     let feed = page::Feed::new(control.clone());
@@ -168,7 +176,9 @@ pub async fn serve_ops(control: Arc<Control>, listener: TcpListener) {
                 });
             }
             Err(error) => {
-                tracing::error!(%error, "accept on the ops port failed; trying again");
+                if let Some(unsaid) = failures.may_say() {
+                    tracing::error!(%error, unsaid, "accept on the ops port failed; trying again");
+                }
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         }
@@ -230,12 +240,24 @@ fn ops(control: &Control, feed: &page::Feed, peer: IpAddr, request: &Request<Inc
         "/" | "/events" | "/status" | "/vote" if !is_within(peer, &control.store.load().settings.listen.ops_allow) => {
             text(StatusCode::FORBIDDEN, format!("{peer} is not in listen.ops_allow\n"))
         }
+        // A page of somebody else's, in the browser of one who may: it would see nothing of the answer, but could take the readers' places.
+        "/" | "/events" | "/status" | "/vote" if is_of_another_site(request) => {
+            text(StatusCode::FORBIDDEN, "not for pages of other sites\n")
+        }
         "/" => status_page(),
         "/events" => events(feed, request.method()),
         "/status" => json(StatusCode::OK, &status::status(control)),
         "/vote" => vote(control, request.uri().query().unwrap_or("")),
         _ => text(StatusCode::NOT_FOUND, "one of / /livez /readyz /healthz /metrics /status /events /vote?upstream=&set=\n"),
     }
+}
+
+/// Fetch Metadata: browsers say so themselves, others need not.
+fn is_of_another_site(request: &Request<Incoming>) -> bool {
+    let from = request.headers().get("sec-fetch-site").map(header::HeaderValue::as_bytes);
+    // A link that is followed is not a page that asks.
+    let followed = request.headers().get("sec-fetch-mode").is_some_and(|mode| mode == "navigate") && request.uri().path() == "/";
+    matches!(from, Some(b"cross-site" | b"same-site")) && !followed
 }
 
 fn status_page() -> Answer {
@@ -305,15 +327,34 @@ async fn admin(control: Arc<Control>, by: String, request: Request<Incoming>) ->
             Err(error) => Outcome::new(false, format!("not an endpoint order: {error}")),
         },
         (Method::POST, "/drain") => {
+            let mut left = control.left.subscribe();
             control.terminate.send_modify(|r| {
                 r.times += 1;
                 r.by = by;
             });
-            Outcome::new(true, "draining")
+            if parts.uri.query() == Some("wait") {
+                let _waits = control.waits();
+                let receipt = left.wait_for(Option::is_some).await.ok().and_then(|receipt| receipt.clone());
+                drained(receipt)
+            } else {
+                Outcome::new(true, "draining")
+            }
         }
         (_, path) => return json(StatusCode::NOT_FOUND, &Outcome::new(false, format!("no such order: {path}"))),
     };
     json(if outcome.ok { StatusCode::OK } else { StatusCode::CONFLICT }, &outcome)
+}
+
+/// What has become of the requests that were in flight when the process was asked to end.
+fn drained(receipt: Option<Receipt>) -> Outcome {
+    let Some(receipt) = receipt else { return Outcome::new(false, "the control plane has ended") };
+    let mut outcome = match receipt.cut.len() {
+        0 => Outcome::new(true, "drained"),
+        1 => Outcome::new(false, "drained, but 1 request was cut"),
+        cut => Outcome::new(false, format!("drained, but {cut} requests were cut")),
+    };
+    outcome.receipt = serde_json::to_value(&receipt).ok();
+    outcome
 }
 
 /// Sends a change and waits for its answer.
@@ -354,6 +395,9 @@ async fn swap(control: &Control, by: String, order: SwapRequest) -> Outcome {
     };
     let turn = match ask(control, |answer| Change::Swap(change, answer)).await {
         Ok(Ok(Swap::Turned(turn))) => turn,
+        Ok(Ok(Swap::Nothing(message))) if order.wait && !order.dry_run => {
+            return still_draining(control, &order.upstream, message, budget).await;
+        }
         Ok(Ok(Swap::Nothing(message))) => return Outcome::new(true, message),
         Ok(Err(reason)) | Err(reason) => return Outcome::new(false, reason),
     };
@@ -373,12 +417,35 @@ async fn swap(control: &Control, by: String, order: SwapRequest) -> Outcome {
             outcome
         }
         Ok(Err(_)) => Outcome::new(false, "the control plane has ended"),
-        Err(_) => {
-            let left = reconcile::in_flight(control, turn.old_serial).await;
-            let mut outcome =
-                Outcome::new(false, format!("{turned}; after {budget:?} {} requests are left on the old set", left.len()));
-            outcome.left = left.into_iter().filter_map(|r| serde_json::to_value(CutRequest::from(r)).ok()).collect();
-            outcome
-        }
+        Err(_) => left_behind(control, &turned, turn.old_serial, budget).await,
     }
+}
+
+/// Asked once more, after a time-out: code 0 is only for who has nothing left on the old set.
+async fn still_draining(control: &Control, upstream: &str, message: String, budget: Duration) -> Outcome {
+    let until = Instant::now() + budget;
+    let mut message = message;
+    loop {
+        let first = control
+            .told()
+            .turning
+            .iter()
+            .find(|(_, turn)| *turn.upstream == *upstream)
+            .map(|(serial, turn)| (*serial, turn.clone()));
+        let Some((serial, mut turn)) = first else { return Outcome::new(true, message) };
+        if tokio::time::timeout_at(until, turn.drained.wait()).await.is_err() {
+            return left_behind(control, &message, serial, budget).await;
+        }
+        // Its receipt is written by another task of this thread.
+        control.told().turning.remove(&serial);
+        message = format!("{message}; set {} has drained", turn.from);
+    }
+}
+
+async fn left_behind(control: &Control, what: &str, serial: u64, budget: Duration) -> Outcome {
+    let left = reconcile::in_flight(control, serial).await;
+    let number = if left.len() == 1 { "1 request is".to_owned() } else { format!("{} requests are", left.len()) };
+    let mut outcome = Outcome::new(false, format!("{what}; after {budget:?} {number} left on the old set"));
+    outcome.left = left.into_iter().filter_map(|r| serde_json::to_value(CutRequest::from(r)).ok()).collect();
+    outcome
 }

@@ -42,6 +42,9 @@ use document::Place;
 use presets::Presets;
 use reader::{Reader, Report, Value};
 
+/// `listen.admin` where the file does not have it.
+pub const DEFAULT_ADMIN: &str = "/run/slackwater/admin.sock";
+
 /// What the files say, checked and complete.
 #[derive(Debug)]
 pub struct Config {

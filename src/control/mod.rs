@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, VecDeque},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::SystemTime,
 };
@@ -17,12 +17,13 @@ use tokio::{
 use crate::{
     lifecycle::{
         PhaseCell,
-        drain::{Open, Receipt, Tally},
+        drain::{Done, Open, Receipt, Tally},
     },
     telemetry::{access_log::civil, metrics::Metrics},
     upstream::{Store, dispatch::now_ms, store::Workers},
 };
 
+pub mod alarm;
 pub mod api;
 pub mod build;
 pub mod client;
@@ -59,8 +60,9 @@ pub struct Control {
     pub terminate: watch::Sender<terminate::Requested>,
     /// Milliseconds of each worker's last sign of life.
     pub heartbeats: Arc<[AtomicU64]>,
-    /// Client connections.
+    /// Client connections, and how many there may be.
     pub connections: Arc<Open>,
+    pub connections_max: AtomicUsize,
     /// The ends of requests from Draining on.
     pub drained: Arc<Tally>,
     /// Tells this process from others: random.
@@ -70,6 +72,10 @@ pub struct Control {
     /// What the process may read and write; `None`: it is not sandboxed.
     pub sandbox: Option<sandbox::Folders>,
     pub told: Mutex<Told>,
+    /// The receipt of the drain, once the process is about to end.
+    pub left: watch::Sender<Option<Receipt>>,
+    /// Who waits for it, and must be answered before the process ends.
+    pub asking: Arc<Open>,
     /// Something has changed that whoever is looking wants to see at once.
     pub news: Notify,
 }
@@ -118,11 +124,18 @@ pub struct Turning {
     pub from: Arc<str>,
     pub to: Arc<str>,
     pub since: Instant,
+    pub drained: Done,
 }
 
 impl Control {
     pub fn told(&self) -> MutexGuard<'_, Told> {
         self.told.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Held by who waits for the end.
+    pub fn waits(&self) -> Waits {
+        self.asking.add();
+        Waits(self.asking.clone())
     }
 
     pub fn add_receipt(&self, receipt: Receipt) {
@@ -140,6 +153,14 @@ impl Control {
         let now = now_ms();
         let late = |at: &AtomicU64| now.saturating_sub(at.load(Ordering::Relaxed)) > HEARTBEAT_LIMIT_MS;
         self.heartbeats.iter().enumerate().filter(|(_, at)| late(at)).map(|(worker, _)| worker).collect()
+    }
+}
+
+pub struct Waits(Arc<Open>);
+
+impl Drop for Waits {
+    fn drop(&mut self) {
+        self.0.remove();
     }
 }
 

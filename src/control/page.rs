@@ -3,7 +3,7 @@
 //! All readers get the same document, and nothing is counted for them while there are none.
 
 use std::{
-    cell::{Cell, RefCell},
+    cell::RefCell,
     collections::{BTreeMap, VecDeque},
     convert::Infallible,
     pin::Pin,
@@ -63,12 +63,11 @@ pub struct Feed {
     control: Arc<Control>,
     readers: RefCell<Vec<Reader>>,
     wanted: Notify,
-    is_fresh: Cell<bool>,
 }
 
 impl Feed {
     pub fn new(control: Arc<Control>) -> Rc<Feed> {
-        Rc::new(Feed { control, readers: RefCell::default(), wanted: Notify::new(), is_fresh: Cell::default() })
+        Rc::new(Feed { control, readers: RefCell::default(), wanted: Notify::new() })
     }
 
     /// `None`: there are too many.
@@ -82,7 +81,6 @@ impl Feed {
         // Sooner than a browser would by itself: a new process may be there already.
         let _ = sender.try_send(Bytes::from_static(b"retry: 2000\n\n"));
         readers.push(Reader { sender, missed: 0 });
-        self.is_fresh.set(true);
         self.wanted.notify_one();
         Some(Events(receiver))
     }
@@ -96,13 +94,9 @@ impl Feed {
                 history.clear();
                 self.wanted.notified().await;
             }
-            self.is_fresh.set(false);
             let event = Bytes::from(format!("event: status\ndata: {}\n\n", self.document(&mut history)));
             for reader in &mut *self.readers.borrow_mut() {
                 reader.missed = if reader.sender.try_send(event.clone()).is_ok() { 0 } else { reader.missed + 1 };
-            }
-            if self.is_fresh.get() {
-                continue;
             }
             tokio::select! {
                 () = tokio::time::sleep(EVERY) => {}
@@ -120,7 +114,10 @@ impl Feed {
             document["live"] =
                 json!({ "window_seconds": (seconds * 10.0).round() / 10.0, "sites": rates(&sites, before, seconds) });
         }
-        history.push_back((now, sites));
+        // One each half second, however many readers come: each has a map of all sites.
+        if history.back().is_none_or(|(last, _)| now.saturating_duration_since(*last) >= EVERY / 2) {
+            history.push_back((now, sites));
+        }
         while history.front().is_some_and(|(at, _)| now.saturating_duration_since(*at) >= WINDOW) {
             history.pop_front();
         }

@@ -340,7 +340,10 @@ impl Reconciler {
         drop(old);
         self.put_in_force(next, "file", FILE_TURN_BUDGET);
         self.listeners.commit(&self.config.settings);
-        self.control.told().warnings = self.config.warnings.clone();
+        let mut told = self.control.told();
+        told.warnings = self.config.warnings.clone();
+        // What is on disk has just been read, certificates among it.
+        told.certificates = None;
         Ok(true)
     }
 
@@ -350,15 +353,21 @@ impl Reconciler {
             Ok(loaded) => loaded,
             Err(problems) => {
                 let reason = problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
-                tracing::error!(reason, "the certificates cannot be used; those before them go on");
-                self.control.metrics.reload("refused");
-                self.control.told().certificates =
-                    Some(format!("the certificates cannot be used, and those before them go on: {reason}"));
+                let said = format!("the certificates cannot be used, and those before them go on: {reason}");
+                // They are looked at once a second as long as they cannot.
+                if self.control.told().certificates.replace(said.clone()).as_ref() != Some(&said) {
+                    tracing::error!(reason, "the certificates cannot be used; those before them go on");
+                    self.control.metrics.reload("refused");
+                    self.control.news.notify_one();
+                }
                 return;
             }
         };
-        self.control.told().certificates = None;
+        let was_refused = self.control.told().certificates.take().is_some();
         if loaded == self.config.settings.tls {
+            if was_refused {
+                tracing::info!("the certificates can be used again");
+            }
             return self.make_up_for_a_refusal();
         }
         for warning in loaded.iter().flat_map(|tls| tls::warnings(&tls.certificates, SystemTime::now())) {
@@ -379,9 +388,11 @@ impl Reconciler {
             Err(reason) => {
                 // So that they are tried again when they change again.
                 self.config.settings = before;
-                tracing::error!(reason, "the certificates cannot be put in force");
-                self.control.metrics.reload("refused");
-                self.control.told().certificates = Some(format!("the certificates cannot be put in force: {reason}"));
+                let said = format!("the certificates cannot be put in force: {reason}");
+                if self.control.told().certificates.replace(said.clone()).as_ref() != Some(&said) {
+                    tracing::error!(reason, "the certificates cannot be put in force");
+                    self.control.metrics.reload("refused");
+                }
             }
         }
     }

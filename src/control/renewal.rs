@@ -42,7 +42,8 @@ pub async fn certificates(control: Arc<Control>) {
     loop {
         let files = files();
         let now = Some((look(&files), files));
-        if now != before {
+        // What could not be read for want of descriptors can be a second later, though the files are the same.
+        if now != before || control.told().certificates.is_some() {
             before = now;
             let _ = control.changes.send(Change::Certificates).await;
         }

@@ -1,6 +1,9 @@
 //! `/status` as one JSON object (DESIGN.md, section 6), and the gauges of `/metrics`. Query strings are never in it.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::{
+    sync::atomic::Ordering,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use serde_json::{Map, Value, json};
 use tokio::time::Instant;
@@ -98,6 +101,8 @@ pub fn status(control: &Control) -> Value {
         "generation": snapshot.generation,
         "config_hash": &*snapshot.config_hash,
         "connections": control.connections.count(),
+        "connections_max": control.connections_max.load(Ordering::Relaxed),
+        "certificates_refused": told.certificates,
         "last_reload": told.reload,
         "upstreams": upstreams,
         "drains": told.receipts,
@@ -231,6 +236,7 @@ pub fn gauges(control: &Control) -> Gauges {
         reload_refused,
         reloaded: reloaded.map(seconds),
         ready: control.phase.is_healthy(),
+        connections_max: control.connections_max.load(Ordering::Relaxed) as u64,
         ..Gauges::default()
     }
 }

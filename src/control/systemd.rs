@@ -40,6 +40,8 @@ pub async fn run(control: Arc<Control>) {
             Phase::Starting => format!("Starting: {}", control.told().waiting_for.join("; ")),
             phase => format!("{}, {} connections", phase.name(), control.connections.count()),
         };
+        // A line of its own would be an assignment of its own.
+        let status: String = status.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
         if status != said {
             tell(&[NotifyState::Status(&status)]);
             said = status;

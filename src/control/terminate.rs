@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// Of `margin` this is left for the logs and the exit itself.
-const EXIT_RESERVE: Duration = Duration::from_millis(250);
+pub const EXIT_RESERVE: Duration = Duration::from_millis(250);
 
 /// What has been asked for so far; each further one skips to the next phase.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -140,5 +140,6 @@ fn finish(control: &Control, receipt: &Receipt, drain: &Drain) {
         tracing::error!(path = %path.display(), %error, "the receipt cannot be written");
     }
     control.add_receipt(receipt.clone());
+    control.left.send_replace(Some(receipt.clone()));
     control.phase.advance(Phase::Exited);
 }

@@ -150,10 +150,14 @@ where
             Retry::IfIdempotent => idempotent && !std::mem::replace(&mut resent, true),
             Retry::Never => false,
         };
-        tracing::warn!(
-            id = php.record.id.as_str(), upstream = &**upstream, set = &**set.name(), endpoint = %endpoint.address,
-            cause = error.kind.cause(), detail = error.detail, may_retry = again && attempts <= policy.retries, "an attempt failed"
-        );
+        // With every request the same would be said again, and nobody would find anything else.
+        if let Some(unsaid) = worker.seldom.may_say((endpoint.id, error.kind)) {
+            tracing::warn!(
+                id = php.record.id.as_str(), upstream = &**upstream, set = &**set.name(), endpoint = %endpoint.address,
+                cause = error.kind.cause(), detail = error.detail, may_retry = again && attempts <= policy.retries, unsaid,
+                "an attempt failed"
+            );
+        }
         if !again || attempts > policy.retries {
             return Err(error);
         }

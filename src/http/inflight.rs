@@ -148,10 +148,29 @@ impl Record {
         InFlight {
             id: self.id.as_str().to_owned(),
             method: self.method.as_str().to_owned(),
-            path: self.uri.path().to_owned(),
+            path: plain(self.uri.path()),
             age: self.started.elapsed(),
         }
     }
+}
+
+/// A path as it can be shown to a person: what is not printable ASCII, of which hyper lets some through, could look like something else.
+fn plain(path: &str) -> String {
+    let mut shown = String::with_capacity(path.len());
+    for byte in path.bytes() {
+        match byte {
+            b'!'..=b'~' => shown.push(char::from(byte)),
+            _ => shown.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    shown
+}
+
+/// So much of a text goes into a trace: many wait for a collector that hangs.
+const TRACED: usize = 1024;
+
+fn short(text: &str) -> &str {
+    &text[..text.floor_char_boundary(TRACED)]
 }
 
 /// The requests of one worker.
@@ -269,6 +288,12 @@ impl Finish {
     }
 }
 
+/// As the semantic conventions want it: a client may invent methods without end.
+fn known_method(method: &Method) -> &'static str {
+    const KNOWN: [&str; 9] = ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "CONNECT", "TRACE"];
+    KNOWN.into_iter().find(|known| *known == method.as_str()).unwrap_or("_OTHER")
+}
+
 impl Finish {
     fn trace(&self, traces: &Traces, status: u16, way: &Way, now: Instant) {
         let record = &self.record;
@@ -278,7 +303,12 @@ impl Finish {
         }
         let route = way.route.as_ref().map_or("", |route| &*route.path);
         // By the semantic conventions of HTTP: never a path as it came, of which there are too many.
-        let name = if route.is_empty() { record.method.to_string() } else { format!("{} {route}", record.method) };
+        let method = known_method(&record.method);
+        let name = match (method, route) {
+            ("_OTHER", _) => "HTTP".to_owned(),
+            (method, "") => method.to_owned(),
+            (method, route) => format!("{method} {}", short(route)),
+        };
         let mut attributes = vec![
             ("http.response.status_code", Value::Number(status.into())),
             ("http.request.body.size", Value::Number(record.request_bytes.get() as i64)),
@@ -287,7 +317,7 @@ impl Finish {
         ];
         let endpoint = way.endpoint.as_ref().map(|endpoint| endpoint.address.to_string());
         let texts = [
-            ("http.request.method", record.method.as_str()),
+            ("http.request.method", method),
             ("url.path", record.uri.path()),
             ("http.route", route),
             ("client.address", &record.client.to_string()),
@@ -306,7 +336,7 @@ impl Finish {
             ("slackwater.endpoint", endpoint.as_deref().unwrap_or_default()),
         ];
         attributes.extend(
-            texts.into_iter().filter(|(_, text)| !text.is_empty()).map(|(name, text)| (name, Value::Text(text.to_owned()))),
+            texts.into_iter().filter(|(_, text)| !text.is_empty()).map(|(name, text)| (name, Value::Text(short(text).to_owned()))),
         );
         if let Some(finished) = trace.finished(record.started, now, attributes, name, status >= 500) {
             traces.send(finished);
@@ -340,8 +370,9 @@ impl Drop for Finish {
                 self.sinks.metrics.shed(kind.cause());
             }
         }
-        // No head was sent: the client left before, as Nginx logs it.
-        let status = if record.status.get() == 0 { Kind::ClientLeft.status().as_u16() } else { record.status.get() };
+        // No head was sent: the client left before, as Nginx logs it, or it was cut.
+        let unsent = if cause == Some(Kind::Cut) { Kind::Cut } else { Kind::ClientLeft };
+        let status = if record.status.get() == 0 { unsent.status().as_u16() } else { record.status.get() };
         let way = record.way.borrow();
         let [site, upstream, set] = [&way.site, &way.upstream, &way.set].map(|name| name.as_deref().unwrap_or_default());
         let now = clock::now();

@@ -47,7 +47,7 @@ use crate::{
         rules::{BasicAuth, ErrorPage, Maintenance},
         site::Symlinks,
     },
-    telemetry::{access_log::Heads, trace::Trace},
+    telemetry::{access_log::Heads, seldom::SeldomOf, trace::Trace},
     upstream::Dispatcher,
 };
 
@@ -70,13 +70,15 @@ pub struct Worker {
     pub buffers: Buffers,
     pub files: Files,
     pub sinks: Rc<Sinks>,
+    /// Lines of what goes wrong with each request while something is: by what has failed where.
+    pub seldom: SeldomOf<(u64, Kind)>,
     /// Keyed by the roots of sites.
     real_paths: RefCell<HashMap<PathBuf, (String, Instant)>>,
 }
 
 impl Worker {
     pub fn new(dispatcher: Rc<Dispatcher>, phase: Arc<PhaseCell>, buffers: Buffers, files: Files, sinks: Rc<Sinks>) -> Rc<Self> {
-        Rc::new(Worker { dispatcher, phase, buffers, files, sinks, real_paths: RefCell::default() })
+        Rc::new(Worker { dispatcher, phase, buffers, files, sinks, seldom: SeldomOf::default(), real_paths: RefCell::default() })
     }
 
     /// `root` with its links resolved, off the worker, at most once a second.
@@ -122,7 +124,7 @@ pub async fn serve(worker: Rc<Worker>, peer: Peer, request: Request<Incoming>) -
     }
     let mut response = result.unwrap_or_else(|error| {
         finish.failed(&error);
-        explain(&record, &error);
+        explain(&worker, &record, &error);
         let mut response = error.response::<Content>();
         if response.status() == StatusCode::METHOD_NOT_ALLOWED {
             response.headers_mut().entry(header::ALLOW).or_insert(HeaderValue::from_static(guards::ALLOW));
@@ -171,8 +173,15 @@ pub async fn serve(worker: Rc<Worker>, peer: Peer, request: Request<Incoming>) -
     Ok(response.map(|content| Answer::new(content, pace, finish)))
 }
 
-fn explain(record: &Record, error: &Error) {
+fn explain(worker: &Worker, record: &Record, error: &Error) {
     let (id, cause, detail) = (record.id.as_str(), error.kind.cause(), &error.detail);
+    // This machine's, and it will be the same with the next request.
+    if matches!(error.kind, Kind::DiskFull | Kind::BufferFull) {
+        if let Some(unsaid) = worker.seldom.may_say((0, error.kind)) {
+            tracing::warn!(id, path = record.uri.path(), cause, detail, unsaid, "refused for want of room");
+        }
+        return;
+    }
     // The configuration's fault, or the application's, and nobody else would say so.
     if error.kind == Kind::Internal {
         tracing::warn!(id, path = record.uri.path(), cause, detail, "answered by an error");
@@ -253,7 +262,7 @@ async fn answer(
         Some(page) => {
             if let Err(error) = &result {
                 record.cause.set(Some(error.kind));
-                explain(record, error);
+                explain(worker, record, error);
             }
             Ok(page)
         }

@@ -1,6 +1,11 @@
 //! A line that anybody may cause is said once a second at most: a flood of it would push other lines out of the log.
 
-use std::{cell::Cell, time::Duration};
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    hash::Hash,
+    time::Duration,
+};
 
 use tokio::time::Instant;
 
@@ -23,6 +28,29 @@ impl Seldom {
         }
         self.last.set(Some(now));
         Some(self.unsaid.take())
+    }
+}
+
+/// The same for lines of many kinds, each once a second.
+#[derive(Debug)]
+pub struct SeldomOf<K>(RefCell<HashMap<K, Seldom>>);
+
+/// Kinds that are remembered; one more forgets all.
+const KINDS: usize = 256;
+
+impl<K: Eq + Hash> SeldomOf<K> {
+    pub fn may_say(&self, kind: K) -> Option<u64> {
+        let mut kinds = self.0.borrow_mut();
+        if kinds.len() >= KINDS && !kinds.contains_key(&kind) {
+            kinds.clear();
+        }
+        kinds.entry(kind).or_default().may_say()
+    }
+}
+
+impl<K> Default for SeldomOf<K> {
+    fn default() -> Self {
+        SeldomOf(RefCell::default())
     }
 }
 

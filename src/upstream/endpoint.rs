@@ -58,6 +58,8 @@ pub struct Endpoint {
     cold: AtomicBool,
     /// How its preflight stands, in words.
     preflight: Mutex<String>,
+    /// What the last probe that failed has met.
+    probe_problem: Mutex<String>,
     /// Why FPM's status cannot be asked; empty where it can or nobody does.
     status_problem: Mutex<String>,
     /// Probes that wait for the next slot that is given back, and how many.
@@ -93,6 +95,7 @@ impl Endpoint {
             pods: AtomicU32::new(0),
             cold: AtomicBool::new(false),
             preflight: Mutex::default(),
+            probe_problem: Mutex::default(),
             status_problem: Mutex::default(),
             probes_waiting: AtomicU32::new(0),
             probes: Mutex::default(),
@@ -330,9 +333,17 @@ impl Endpoint {
         let health = self.health();
         let detail = self.preflight.lock().unwrap_or_else(PoisonError::into_inner);
         match health.reason(now_ms) {
+            reason if matches!(health.probe, Probe::Down { .. }) && health.preflight == Preflight::Done => {
+                format!("{reason}: {}", self.probe_problem.lock().unwrap_or_else(PoisonError::into_inner))
+            }
             reason if health.preflight != Preflight::Done && !detail.is_empty() => format!("{reason}: {detail}"),
             reason => reason.to_owned(),
         }
+    }
+
+    /// Why its probe has failed.
+    pub fn set_probe_problem(&self, why: &str) {
+        why.clone_into(&mut self.probe_problem.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
     fn lock_health(&self) -> MutexGuard<'_, Health> {

@@ -68,7 +68,8 @@ impl Health {
             (Probe::None | Probe::Pending, true) => Probe::Up { misses: 0 },
             (Probe::None | Probe::Pending, false) => Probe::Down { hits: 0 },
             (Probe::Up { .. }, true) => Probe::Up { misses: 0 },
-            (Probe::Up { misses }, false) if misses + 1 >= fall => Probe::Down { hits: 0 },
+            // Users' requests have failed already: one more failure does not make it usable when its ejection is over.
+            (Probe::Up { misses }, false) if misses + 1 >= fall || self.failures >= FALL => Probe::Down { hits: 0 },
             (Probe::Up { misses }, false) => Probe::Up { misses: misses + 1 },
             (Probe::Down { hits }, true) if hits + 1 >= rise => Probe::Up { misses: 0 },
             (Probe::Down { hits }, true) => Probe::Down { hits: hits + 1 },
@@ -77,6 +78,11 @@ impl Health {
         if good {
             self.succeeded();
         }
+    }
+
+    /// Nothing asks it any more: what was asked last is forgotten, failures of users' requests are not.
+    pub fn not_probed(&mut self) {
+        self.probe = Probe::None;
     }
 
     pub fn reason(&self, now_ms: u64) -> &'static str {

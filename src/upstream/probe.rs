@@ -18,6 +18,7 @@ use super::{
     snapshot::{Set, Snapshot},
 };
 use crate::{
+    error::Kind,
     fastcgi::{
         exchange::{Conn, Event, Exchange, Stdin},
         params, record, response,
@@ -113,6 +114,10 @@ impl Probes {
                     {
                         endpoint.set_preflight(now_ms(), health::Preflight::Done, String::new());
                     }
+                    // Nor does one that drops its probes leave behind what they have said last.
+                    if endpoint.health().probe != health::Probe::None && !is_probed(snapshot, endpoint) {
+                        endpoint.update_health(now_ms(), health::Health::not_probed);
+                    }
                     if config.ping.is_none() && config.status_path.is_none() && config.preflight.is_none() {
                         continue;
                     }
@@ -154,6 +159,12 @@ impl Probes {
 fn asks(snapshot: &Snapshot, endpoint: &Endpoint) -> bool {
     let mut sets = snapshot.upstreams.values().flat_map(|u| u.sets.values());
     sets.any(|set| set.config.preflight.is_some() && set.endpoint(endpoint.id).is_some())
+}
+
+/// Whether any set that has this endpoint asks whether it is alive.
+fn is_probed(snapshot: &Snapshot, endpoint: &Endpoint) -> bool {
+    let mut sets = snapshot.upstreams.values().flat_map(|u| u.sets.values());
+    sets.any(|set| (set.config.ping.is_some() || set.config.status_path.is_some()) && set.endpoint(endpoint.id).is_some())
 }
 
 struct Target {
@@ -222,17 +233,25 @@ async fn probe(target: Target, set: Arc<Set>, question: Option<Result<Question, 
 
 impl Target {
     fn probed(&self, result: Result<(), String>, fall: u32, rise: u32) {
+        // Where this machine had nothing to ask with, that says nothing of the pod.
+        if result.as_ref().is_err_and(|why| why.starts_with(Kind::LocalLimit.cause())) {
+            return;
+        }
         let now = now_ms();
-        let before = self.endpoint.is_usable(now);
+        let is_down = || matches!(self.endpoint.health().probe, health::Probe::Down { .. });
+        let (was_usable, was_down) = (self.endpoint.is_usable(now), is_down());
+        let reason = result.as_ref().err().cloned().unwrap_or_default();
+        self.endpoint.set_probe_problem(&reason);
         self.endpoint.update_health(now, |health| health.probed(result.is_ok(), fall, rise));
-        let after = self.endpoint.is_usable(now);
-        if before != after {
-            let reason = result.err().unwrap_or_default();
-            let endpoint = &self.endpoint.address;
-            match after {
-                true => tracing::info!(%endpoint, usable = after, reason, "a probe has changed an endpoint"),
-                false => tracing::warn!(%endpoint, usable = after, reason, "a probe has changed an endpoint"),
+        let usable = self.endpoint.is_usable(now);
+        if (usable, is_down()) != (was_usable, was_down) {
+            let (endpoint, upstream, set) = (&self.endpoint.address, &*self.upstream, &*self.set);
+            match is_down() {
+                false => tracing::info!(%endpoint, upstream, set, usable, "a probe has changed an endpoint"),
+                true => tracing::warn!(%endpoint, upstream, set, usable, reason, "a probe has changed an endpoint"),
             }
+        }
+        if usable != was_usable {
             (self.report)();
         }
     }

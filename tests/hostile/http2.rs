@@ -406,7 +406,7 @@ async fn a_request_that_crosses_the_end_of_an_idle_connection_is_answered() {
         loop {
             match wire.next().await.unwrap() {
                 Some(next) if next.kind == PING && next.flags & ACK == 0 => {
-                    drop(wire.send(&frame(PING, ACK, 0, &next.payload)).await)
+                    wire.send(&frame(PING, ACK, 0, &next.payload)).await;
                 }
                 Some(_) => {}
                 None => break,

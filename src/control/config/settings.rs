@@ -90,7 +90,7 @@ fn listen(mut t: Reader<'_>) -> Listen {
         tls_ticket_keys: t.read("tls_ticket_keys", Vec::new(), |v| v.list(|v| v.folder()?.map(PathBuf::from))),
         ops,
         ops_allow: t.read("ops_allow", loopback(), |v| v.list(Value::networks).map(|all| all.concat())),
-        admin: t.read("admin", PathBuf::from("/run/slackwater/admin.sock"), |v| {
+        admin: t.read("admin", PathBuf::from(super::DEFAULT_ADMIN), |v| {
             let text = v.filled_text()?;
             if let Some(path) = text.strip_prefix("unix:") {
                 return v.refuse("is always a unix socket", format!("write \"{path}\""));

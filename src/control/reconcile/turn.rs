@@ -65,7 +65,8 @@ impl Reconciler {
         let (receipt_sender, receipt) = oneshot::channel();
         let (serial, from, mut drained) = (old.serial, old.set.clone(), old.drained());
         let (control, started, clock) = (self.control.clone(), SystemTime::now(), Instant::now());
-        let turning = Turning { upstream: upstream.clone(), from: from.clone(), to: to.clone(), since: clock };
+        let turning =
+            Turning { upstream: upstream.clone(), from: from.clone(), to: to.clone(), since: clock, drained: drained.clone() };
         control.told().turning.insert(serial, turning);
         control.news.notify_one();
         tokio::task::spawn_local(async move {
@@ -73,6 +74,7 @@ impl Reconciler {
             if let Err(workers) = &passed {
                 tracing::error!(?workers, upstream = &*upstream, "workers have not passed the barrier in 5 s; the swap stands");
             }
+            let is_confirmed = passed.is_ok();
             let _ = barrier_sender.send(passed);
             drained.wait().await;
             let mut receipt = Receipt {
@@ -84,7 +86,12 @@ impl Reconciler {
                 ..Receipt::begun("swap", by, rfc3339(started), budget)
             };
             tally.add_to(&mut receipt);
-            tracing::info!(receipt = %serde_json::to_string(&receipt).unwrap_or_default(), "the old set has drained");
+            let json = serde_json::to_string(&receipt).unwrap_or_default();
+            if is_confirmed {
+                tracing::info!(receipt = %json, "the old set has drained");
+            } else {
+                tracing::warn!(receipt = %json, "the old set has drained, as far as is known: not all workers have confirmed the swap");
+            }
             control.add_receipt(receipt.clone());
             control.told().turning.remove(&serial);
             let _ = receipt_sender.send(receipt);
