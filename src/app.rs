@@ -79,6 +79,10 @@ pub fn run(path: &Path) -> Result<u8, String> {
     let config = config::load(path, &|name| std::env::var(name).ok())
         .map_err(|problems| problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))?;
     let settings = config.settings.clone();
+    // As the admin socket's; where it cannot be made, `check` and the log have warned, and a swap says so.
+    if let Some(folder) = settings.state.as_deref().and_then(Path::parent) {
+        let _ = std::fs::create_dir_all(folder);
+    }
     // Before the first thread, so that it is for all of them.
     let sandboxed = settings.sandbox.then(|| sandbox::enter(&config)).transpose()?;
     let log = Arc::new(crate::telemetry::tracing::init(settings.log.format, &settings.log.level)?);
@@ -281,7 +285,9 @@ async fn control_plane(
         http = ?settings.listen.http, https = ?settings.listen.https, ops = settings.listen.ops.map_or_else(|| "off".to_owned(), |ops| ops.to_string()), workers = control.workers.len(),
         milliseconds = began.elapsed().as_millis() as u64, "listening"
     );
-    tokio::task::spawn_local(systemd::run(control.clone()));
+    if let Err(error) = systemd::start(&control) {
+        tracing::error!(%error, "systemd cannot be told");
+    }
     tokio::task::spawn_local(alarm::run(control.clone()));
     tokio::task::spawn_local(renewal::certificates(control.clone()));
     if settings.reload == crate::model::settings::ReloadMode::Watch {

@@ -285,6 +285,11 @@ impl World {
             filled + rest
         };
         let mut text = text.replace('…', "php green");
+        // Orders to the process that would have been started with it.
+        let socket = format!("--admin {}", self.proxy.admin().display());
+        for order in ["slackwater reload", "slackwater swap php green --wait", "slackwater swap php blue --wait"] {
+            text = text.replace(&format!("{order} --config site.toml"), &format!("{order} {socket}"));
+        }
         let (ops, http, https) =
             (self.proxy.ops().to_string(), self.proxy.http().port().to_string(), self.proxy.https().to_string());
         for (name, value) in [

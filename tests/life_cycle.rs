@@ -158,6 +158,8 @@ async fn what_is_left_at_the_end_of_grace_is_cut_named_and_told_by_exit_3() {
     let log = proxy.log_text();
     assert!(log.contains("request cut") && log.contains("the-one"), "{log}");
     assert_eq!(access_lines(&log, "the-one"), 1, "the receipt can be held against the access log: {log}");
+    let line = log.lines().find(|line| line.starts_with("{\"time\":") && line.contains("the-one")).unwrap();
+    assert!(line.contains("\"status\":503") && line.contains("\"cause\":\"cut\""), "its client has not left: {line}");
     assert!(!log.lines().any(|l| l.contains("receipt") && l.contains("secret")), "a query string in a receipt");
 }
 
@@ -198,6 +200,32 @@ async fn it_is_ready_soon_after_its_start() {
 /// Lines of the access log with this id.
 fn access_lines(log: &str, id: &str) -> usize {
     log.lines().filter(|line| line.starts_with("{\"time\":") && line.contains(id)).count()
+}
+
+/// Whoever drains by command is told how it went, and finds it in the exit code.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_order_to_drain_ends_as_the_process_does() {
+    for cuts in [false, true] {
+        let gate = Gate::closed();
+        let fpm = ScriptedFpm::start(Behaviour::hello("blue").holds_answer(&gate)).await;
+        let mut proxy =
+            Slackwater::start(&toml(fpm.address(), "/app", "grace = \"4s\"\nlame_duck = \"0s\"\nmargin = \"2s\"")).await;
+        let address = proxy.http();
+        let last = tokio::spawn(async move { http::get(address, "/index.php").await });
+        fpm.wait_begun(1).await;
+        let (output, ()) = tokio::join!(proxy.cli(&["drain"]), async {
+            proxy.wait_for_log("Draining", Duration::from_secs(20)).await;
+            if !cuts {
+                gate.open();
+            }
+        });
+        let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+        let (code, words) = if cuts { (3, "1 request was cut") } else { (0, "drained\n") };
+        assert_eq!(output.status.code(), Some(code), "{said}");
+        assert!(said.contains(words) && said.contains("\"in_flight\":1"), "{said}");
+        assert_eq!(last.await.unwrap().is_ok(), !cuts);
+        assert_eq!(proxy.wait_exit(Duration::from_secs(20)).await, code);
+    }
 }
 
 /// The process ends right behind the last answer, and its line is there all the same.

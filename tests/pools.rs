@@ -8,6 +8,7 @@ use std::{
 };
 
 use support::{
+    gate::eventually,
     http,
     ledger::{Expect, Ledger, LedgerClient, Shape},
     process::Slackwater,
@@ -159,4 +160,50 @@ async fn a_watched_file_is_read_again_when_it_changes() {
     proxy.rewrite(&with(&green));
     proxy.wait_for_log("\"outcome\":\"applied\"", Duration::from_secs(20)).await;
     assert_eq!(http::get(proxy.http(), "/index.php").await.unwrap().text(), "green hello\n");
+}
+
+/// What a probe has said last goes with the probe: a pod that was ejected after a reload had dropped `ping` stayed unusable for ever.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reload_that_drops_its_probe_lets_an_endpoint_come_back() {
+    let at = support::ports::free_address();
+    let fpm = ScriptedFpm::builder(Behaviour::hello("blue")).at(at).start().await;
+    let without = format!(
+        "workers = 1\n[listen]\nhttp = [\"{{HTTP}}\"]\nops = \"{{OPS}}\"\nadmin = \"{{ADMIN}}\"\n[upstream.php]\nworkers_per_endpoint = 4\n\
+         [upstream.php.set.blue]\nendpoints = [\"{at}\"]\n[[site]]\nphp_root = \"/app\"\nscripts = [\"/*.php\"]\nupstream = \"php\"\n"
+    );
+    let ping = "endpoints = [\"ENDPOINT\"]\nping = { path = \"/ping\", every = \"100ms\" }".replace("ENDPOINT", &at.to_string());
+    let with = without.replace(&format!("endpoints = [\"{at}\"]"), &ping);
+    let proxy = Slackwater::start(&with).await;
+    let endpoint = async || proxy.status().await["upstreams"]["php"]["sets"]["blue"]["endpoints"][0].clone();
+    let until = async |what: &str, wanted: &str| {
+        eventually(what, async || match endpoint().await {
+            endpoint if endpoint["state"] == wanted => Ok(endpoint),
+            endpoint => Err(endpoint.to_string()),
+        })
+        .await
+    };
+    // First while the probe says that it is down, then while users' requests do.
+    drop(fpm);
+    let down = until("the probe fails", "unusable").await;
+    assert!(down["reason"].as_str().unwrap().starts_with("probe failed: "), "{down}");
+    proxy.wait_for_log("no endpoint of the active set is usable", Duration::from_secs(20)).await;
+    proxy.rewrite(&without);
+    proxy.cli_ok(&["reload"]).await;
+    until("nothing says any more that it is down", "usable").await;
+    for _ in 0..2 {
+        assert_eq!(http::get(proxy.http(), "/a.php").await.unwrap().status, 502);
+    }
+    proxy.wait_for_log("endpoint ejected", Duration::from_secs(20)).await;
+    let fpm = ScriptedFpm::builder(Behaviour::hello("blue")).at(at).start().await;
+    until("it comes back", "usable").await;
+    assert_eq!(http::get(proxy.http(), "/a.php").await.unwrap().status, 200);
+    // A line for each of these would push everything else out of the log.
+    drop(fpm);
+    let (skip, begun) = (proxy.log().len(), Instant::now());
+    for _ in 0..300 {
+        assert_eq!(http::get(proxy.http(), "/a.php").await.unwrap().status, 502);
+    }
+    let lines = proxy.log()[skip..].iter().filter(|line| line.text.contains("an attempt failed")).count();
+    let most = 3 * (1 + begun.elapsed().as_secs() as usize);
+    assert!((1..=most).contains(&lines), "{lines} lines of 300 requests and their retries in {:?}", begun.elapsed());
 }

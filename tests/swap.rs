@@ -85,8 +85,19 @@ async fn swap_waits_for_what_is_in_flight_and_names_what_is_left() {
     let text = String::from_utf8_lossy(&late.stderr).into_owned();
     assert!(text.contains("/index.php") && !text.contains("slow"), "names the path and not the query: {text}");
     assert_eq!(http::get(address, "/index.php").await.unwrap().text(), "green hello\n");
-    gate.open();
+    // Whoever asks again is not told that nothing runs on blue.
+    let again = proxy.cli(&["swap", "php", "green", "--wait", "--timeout", "300ms"]).await;
+    let text = String::from_utf8_lossy(&again.stderr).into_owned();
+    assert!(again.status.code() == Some(1) && text.contains("1 request is left") && text.contains("/index.php"), "{text}");
+    let waits = ["swap", "php", "green", "--wait", "--timeout", "20s"];
+    let (waited, ()) = tokio::join!(proxy.cli(&waits), async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        gate.open();
+    });
+    let text = String::from_utf8_lossy(&waited.stdout).into_owned();
+    assert!(waited.status.success() && text.contains("set blue has drained"), "{text}");
     assert_eq!(slow.await.unwrap().unwrap().text(), "blue hello\n");
+    assert!(proxy.cli_ok(&waits).await.contains("is active already"));
     let receipt = proxy.wait_for_log("the old set has drained", Duration::from_secs(5)).await;
     assert!(receipt.contains(r#"\"in_flight\":1"#), "{receipt}");
 }

@@ -9,6 +9,7 @@ use std::{
 };
 
 use support::{
+    gate::eventually,
     hung::HungThread,
     ports,
     process::{Slackwater, Wait},
@@ -68,11 +69,33 @@ async fn it_says_that_it_listens_how_it_is_and_that_it_ends() {
     let starting = systemd.until("no usable endpoint");
     assert!(starting.starts_with("STATUS=Starting: upstream php has no usable endpoint in set blue"), "{starting}");
     let fpm = ScriptedFpm::builder(Behaviour::hello("blue")).at(nobody).start().await;
-    systemd.until("STATUS=Running");
+    systemd.until("STATUS=Running, connections");
+    drop(fpm);
+    systemd.until("STATUS=Running, but upstream php has no usable endpoint in set blue");
     proxy.terminate();
     systemd.until("STOPPING=1");
     assert_eq!(proxy.wait_exit(Duration::from_secs(20)).await, 0);
-    drop(fpm);
+}
+
+/// A service manager that does not read holds up what it is told, and nothing else.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_waits_for_a_systemd_that_does_not_read() {
+    let systemd = Systemd::new();
+    let fpm = ScriptedFpm::start(Behaviour::hello("blue")).await;
+    let builder = Slackwater::builder(&toml(fpm.address())).env("NOTIFY_SOCKET", &systemd.path());
+    let mut proxy = builder.env("WATCHDOG_USEC", "300000").start().await;
+    // More than the socket holds (net.unix.max_dgram_qlen, 10 as a rule).
+    eventually("it waits", async || {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", proxy.pid())).unwrap().map(|task| task.unwrap().path());
+        let mut waits =
+            tasks.filter(|task| std::fs::read_to_string(task.join("wchan")).is_ok_and(|where_| where_.contains("unix_")));
+        waits.next().map(drop).ok_or_else(|| "no thread waits for the socket".to_owned())
+    })
+    .await;
+    assert_eq!(proxy.status().await["phase"], "Running");
+    proxy.terminate();
+    assert_eq!(proxy.wait_exit(Duration::from_secs(20)).await, 0);
+    drop(systemd);
 }
 
 /// With `WatchdogSec` it says that it lives, but not while a worker hangs: systemd would end it then.

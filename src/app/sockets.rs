@@ -120,5 +120,16 @@ pub(super) fn bind_admin(path: &Path) -> Result<std::os::unix::net::UnixListener
         listener.set_nonblocking(true)?;
         Ok(listener)
     };
-    open().map_err(|e| format!("listen.admin {}: {e}", path.display()))
+    open().map_err(|e| {
+        let help = match e.kind() {
+            io::ErrorKind::PermissionDenied | io::ErrorKind::NotFound | io::ErrorKind::ReadOnlyFilesystem => {
+                "\n  help: start as a user who may write there, or write  admin = \"/tmp/slackwater.sock\"  in [listen]"
+            }
+            io::ErrorKind::AddrInUse => {
+                "\n  help: another Slackwater runs with this listen.admin: end it, or write another path in [listen]"
+            }
+            _ => "",
+        };
+        format!("listen.admin {}: {e}{help}", path.display())
+    })
 }

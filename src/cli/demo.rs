@@ -161,9 +161,10 @@ fn instructions(demo: &Demo) {
     let itself = std::env::current_exe().map_or_else(|_| "slackwater".to_owned(), |path| path.display().to_string());
     let admin = demo.admin();
     say(&format!(
-        "open http://{http}/ (and /slow, which takes 1.5 s)\n\
-         swap:   {itself} swap php green --wait --admin {admin}\n\
+        "page:   http://{http}/ (and /slow, which takes 1.5 s: begin it, then swap)\n\
          status: http://{ops}/ in a browser, or {itself} status --admin {admin}\n\
+         swap:   {itself} swap php green --wait --admin {admin}\n\
+         back:   {itself} swap php blue --wait --admin {admin}\n\
          files:  {folder} (removed at the end)\n\
          Ctrl-C ends it",
         http = demo.http,

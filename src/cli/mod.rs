@@ -53,7 +53,9 @@ enum Command {
     Reload(Admin),
     /// Turn an upstream's traffic to another set: of this process, or where kubernetes.self_service and active_from are set of all replicas
     Swap {
+        /// As in [upstream.NAME]
         upstream: String,
+        /// As in [upstream.NAME.set.SET]: the one that is to get the traffic
         set: String,
         /// Return when the old set has drained, and print the receipt
         #[arg(long)]
@@ -81,7 +83,9 @@ enum Command {
     Endpoint {
         #[arg(value_parser = ["disable", "enable"])]
         action: String,
+        /// As in [upstream.NAME]
         upstream: String,
+        /// As `slackwater status` shows it
         address: String,
         #[command(flatten)]
         admin: Admin,

@@ -15,7 +15,9 @@ use tokio::{
 pub async fn call(socket: &Path, method: Method, path: &str, body: Vec<u8>) -> io::Result<Vec<u8>> {
     let named = |e: io::Error| {
         let hint = match e.kind() {
-            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => " (is Slackwater running, with this listen.admin?)",
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+                " (is Slackwater running, with this listen.admin? another configuration: --config FILE; its socket: --admin PATH)"
+            }
             io::ErrorKind::PermissionDenied => " (run as the user that Slackwater runs as)",
             _ => "",
         };

@@ -472,7 +472,12 @@ impl Reconciler {
         // Remembered before it is in force: a swap that was answered survives a SIGKILL.
         if let Some(path) = &self.config.settings.state {
             let state = State { switch: switch.clone(), kubernetes: self.to_remember() };
-            state.save(path).map_err(|e| format!("the swap cannot be remembered in {}: {e}", path.display()))?;
+            state.save(path).map_err(|e| {
+                format!(
+                    "the swap cannot be remembered in {}: {e}; make that folder writable, or change `state` and start anew",
+                    path.display()
+                )
+            })?;
         }
         self.switch = switch;
         let mut turns = self.put_in_force(next, &order.by, order.budget);

@@ -222,6 +222,8 @@ async fn a_worker_that_hangs_fails_livez() {
     .await;
     println!("/livez failed {:?} after the worker hung (promised: after 5 s)", began.elapsed());
     assert_eq!(said, "no sign of life from workers [1] for 5 s\n");
+    proxy.wait_for_log("no sign of life from workers for 5 s", PATIENCE).await;
+    assert!(proxy.cli_ok(&["status"]).await.contains("NO SIGN OF LIFE for 5 s from workers [1]"));
     let mut client = Connection::open(proxy.http()).await.unwrap();
     // The worker with the fewest connections is the first one of those that have none.
     assert_eq!(within(PATIENCE, "an answer of the other worker", client.get("/a.php")).await.unwrap().status, 200);
@@ -231,6 +233,7 @@ async fn a_worker_that_hangs_fails_livez() {
         answer => Err(answer.text()),
     })
     .await;
+    proxy.wait_for_log("give signs of life again", PATIENCE).await;
 }
 
 /// The machine's time jumps a year ahead and then two back, while a request runs, one waits in the queue and a swap drains: no deadline moves.

@@ -84,14 +84,18 @@ fn done(out: &mut String, ledger: &Ledger, marks: &[Mark], x: impl Fn(Instant) -
             turn.to.name()
         );
     }
+    // Labels that would lie on one another take turns above.
+    let (mut right, mut level) = (f64::NEG_INFINITY, 0.0);
     for mark in marks {
         let at = x(mark.at);
+        level = if at < right { 14.0 - level } else { 0.0 };
+        right = at + 110.0;
         let anchor = if at > WIDTH - 60.0 { "end" } else { "start" };
         let _ = writeln!(
             out,
             "<line x1=\"{at:.1}\" y1=\"{top}\" x2=\"{at:.1}\" y2=\"{BOTTOM}\" stroke=\"#555\" stroke-dasharray=\"4 3\"/>\
              <text x=\"{at:.1}\" y=\"{:.1}\" text-anchor=\"{anchor}\">{}</text>",
-            top - 20.0,
+            top - 20.0 - level,
             mark.what
         );
     }

@@ -1,6 +1,11 @@
 //! The process-wide tables: the top of the file, `[listen]`, `[buffer]`, `[log]`, `[tracing]`, `[drain]`.
 
-use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use super::{
     Folder,
@@ -43,6 +48,9 @@ pub fn read(top: &mut Reader<'_>, env: &dyn Fn(&str) -> Option<String>, folders:
             present.then_some(read)
         },
     };
+    if let Some(folder) = settings.state.as_deref().and_then(Path::parent) {
+        folders.push(Folder::new(top.report, top.place("state"), "state", folder));
+    }
     if !settings.listen.https.is_empty() && settings.certificates.is_empty() && !top.has("tls") {
         let help = "add [[tls]] with hosts, certificate and key".to_owned();
         top.report.problem(top.place("listen"), "`listen.https`, and no certificate", Some(help));
