@@ -55,6 +55,11 @@ async fn give(socket: PathBuf, order: Order) -> io::Result<ExitCode> {
     };
     let answer = client::call(&socket, Method::POST, path, body).await?;
     let outcome: Outcome = serde_json::from_slice(&answer)?;
+    tell(&outcome);
+    Ok(if outcome.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn tell(outcome: &Outcome) {
     if outcome.ok {
         println!("{}", outcome.message);
     } else {
@@ -66,7 +71,6 @@ async fn give(socket: PathBuf, order: Order) -> io::Result<ExitCode> {
     for left in &outcome.left {
         eprintln!("left: {left}");
     }
-    Ok(if outcome.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Shows how it goes, and ends with the exit code that the process has.
@@ -79,14 +83,7 @@ async fn drain(socket: &Path) -> io::Result<ExitCode> {
         () = follow_drain(socket) => order.await,
     };
     let outcome: Outcome = serde_json::from_slice(&answer?)?;
-    if outcome.ok {
-        println!("{}", outcome.message);
-    } else {
-        eprintln!("slackwater: {}", outcome.message);
-    }
-    if let Some(receipt) = &outcome.receipt {
-        println!("{receipt}");
-    }
+    tell(&outcome);
     Ok(if outcome.ok { ExitCode::SUCCESS } else { ExitCode::from(CUT) })
 }
 

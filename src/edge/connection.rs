@@ -218,10 +218,12 @@ impl Way<'_> {
                     let parts = connection.into_parts();
                     io = parts.io.into_inner();
                     io.take_back(parts.read_buf);
-                    if end == End::Idle && !io.has_input() {
-                        return finish(context, peer, progress, end, io).await;
+                    if end == End::Idle {
+                        if !io.has_input() {
+                            return finish(context, peer, progress, end, io).await;
+                        }
+                        progress.stays();
                     }
-                    progress.stays();
                 }
                 Err(end) => return finish(context, peer, progress, end, connection.into_parts().io.into_inner()).await,
             }
