@@ -84,7 +84,11 @@ async fn drain(socket: &Path) -> io::Result<ExitCode> {
     };
     let outcome: Outcome = serde_json::from_slice(&answer?)?;
     tell(&outcome);
-    Ok(if outcome.ok { ExitCode::SUCCESS } else { ExitCode::from(CUT) })
+    Ok(match (outcome.ok, &outcome.receipt) {
+        (true, _) => ExitCode::SUCCESS,
+        (false, Some(_)) => ExitCode::from(CUT),
+        (false, None) => ExitCode::FAILURE,
+    })
 }
 
 /// A line whenever something has changed, until the process does not answer any more.

@@ -52,6 +52,9 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// For the body of an order, which is small.
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Of `timeout_seconds`.
+const LONGEST_WAIT: Duration = Duration::from_secs(24 * 3600);
+
 /// `POST /swap`.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct SwapRequest {
@@ -385,6 +388,7 @@ async fn swap(control: &Control, by: String, order: SwapRequest) -> Outcome {
     let Ok(budget) = Duration::try_from_secs_f64(order.timeout_seconds) else {
         return Outcome::new(false, "timeout_seconds must be a number from 0".to_owned());
     };
+    let budget = budget.min(LONGEST_WAIT);
     let change = SwapOrder {
         upstream: order.upstream.clone(),
         set: order.set.clone(),

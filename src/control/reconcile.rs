@@ -370,9 +370,6 @@ impl Reconciler {
             }
             return self.make_up_for_a_refusal();
         }
-        for warning in loaded.iter().flat_map(|tls| tls::warnings(&tls.certificates, SystemTime::now())) {
-            tracing::warn!("{warning}");
-        }
         let before = self.config.settings.clone();
         let mut settings = (*before).clone();
         settings.tls = loaded;
@@ -383,6 +380,9 @@ impl Reconciler {
                 self.put_in_force(next, "certificates", FILE_TURN_BUDGET);
                 self.control.metrics.reload("applied");
                 tracing::info!("the certificates have been read anew");
+                for warning in self.config.settings.tls.iter().flat_map(|tls| tls::warnings(&tls.certificates, SystemTime::now())) {
+                    tracing::warn!("{warning}");
+                }
                 self.make_up_for_a_refusal();
             }
             Err(reason) => {

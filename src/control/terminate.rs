@@ -52,9 +52,9 @@ where
     let deadline = Instant::now() + drain.grace.saturating_sub(drain.margin);
     let starting = control.phase.get() == Phase::Starting;
     tracing::info!(by = first.by, phase = control.phase.get().name(), "asked to end");
-    systemd::stopping();
     let lame_duck_ends = Instant::now() + drain.lame_duck;
     control.told().leaving = Some(Leaving { by: first.by.clone(), since: Instant::now(), next_phase: Some(lame_duck_ends) });
+    systemd::stopping();
 
     if !starting && !first.now && !drain.lame_duck.is_zero() {
         control.phase.set_healthy(!drain.health_fail_delay.is_zero());

@@ -38,8 +38,8 @@ use crate::{
 
 /// h2 resets what goes beyond; its own default is 200.
 const MAX_STREAMS: u32 = 128;
-const H2_PING_EVERY: Duration = Duration::from_secs(20);
-const H2_PING_TIMEOUT: Duration = Duration::from_secs(20);
+/// How often it is looked whether an answer has been delivered, while nothing else depends on it.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// So many requests of an HTTP/2 connection may be taken back before there is an answer, in so long: each may cost a run of PHP, which its worker does not give
 /// up (CVE-2023-44487, CVE-2025-8671). A browser whose user moves on takes back a few; a trusted proxy speaks for many.
 const MAX_TAKEN_BACK: u64 = 100;
@@ -75,6 +75,7 @@ where
 {
     let settings = (context.settings)();
     let progress = Progress::new(settings.listen.max_uri_bytes);
+    progress.slowest.set((settings.listen.stall_timeout, settings.listen.min_rate));
     progress.is_trusted.set(is_within(peer.remote.ip(), &settings.listen.trusted_proxies));
     let _entry = context.registry.add(progress.clone());
     let stream = Watched::new(stream, progress.clone());
@@ -249,13 +250,13 @@ impl Way<'_> {
         progress.multiplexed.set(true);
         progress.enter(Stage::Idle);
         let listen = &settings.listen;
+        // Not by PING: it would lie behind what the kernel still delivers, and a slow reader would seem to have gone.
+        io.watch_peer();
         let batch = Batch::new(io);
         let connection = conn::http2::Builder::new(streams)
             .timer(TokioTimer::new())
             .max_concurrent_streams(MAX_STREAMS)
             .max_header_list_size(u32::try_from(listen.max_uri_bytes + listen.max_header_bytes + 4096).unwrap_or(u32::MAX))
-            .keep_alive_interval(H2_PING_EVERY)
-            .keep_alive_timeout(H2_PING_TIMEOUT)
             .serve_connection(TokioIo::new(batch.clone()), service);
         tokio::pin!(connection);
         let leaving = Cell::new(false);
@@ -279,6 +280,10 @@ impl Way<'_> {
                     if !leaving.get() && (worn || abused || context.phase.get() >= Phase::Draining) {
                         leaving.set(true);
                         connection.as_mut().graceful_shutdown();
+                        // From here on an idle one has its time: a request may cross.
+                        if progress.stage.get() == Stage::Idle {
+                            progress.since.set(clock::now());
+                        }
                     }
                     let turn = connection.as_mut().poll(cx).map_err(Ended::from);
                     match batch.poll_send(cx) {
@@ -289,14 +294,16 @@ impl Way<'_> {
                 .await;
             match end {
                 // What was handed to the kernel is not with the client yet, and would be lost with the next word of that client's.
-                Err(End::Idle) if delivery.goes_on(batch.undelivered()) => {
+                Err(End::Idle) if delivery.goes_on(batch.undelivered(), progress) => {
                     progress.unwanted.set(false);
+                    progress.delivering.set(true);
                     ask_again(context, settings, progress);
                 }
                 // The client has its time to hear that no more is taken, also where it is to make room.
                 Err(End::Idle) if !leaving.get() => {
                     leaving.set(true);
                     progress.unwanted.set(false);
+                    progress.delivering.set(false);
                     connection.as_mut().graceful_shutdown();
                     progress.since.set(Instant::now());
                 }
@@ -422,7 +429,8 @@ fn ask_again(context: &Shared, settings: &Settings, progress: &Progress) {
         _ => settings.listen.idle_timeout,
     };
     let now = Instant::now();
-    progress.since.set(now.checked_sub(time).unwrap_or(now) + ASK_EVERY);
+    let again = if context.phase.get() < Phase::Draining { LOOK_EVERY } else { ASK_EVERY };
+    progress.since.set(now.checked_sub(time).unwrap_or(now) + again);
 }
 
 fn next_deadline(context: &Shared, settings: &Settings, progress: &Progress) -> Option<(Instant, End)> {
@@ -516,6 +524,7 @@ impl Started {
         progress.linger.set(has_body);
         progress.stage.set(Stage::Busy);
         progress.unwanted.set(false);
+        progress.delivering.set(false);
         Started { progress, answered: false }
     }
 }

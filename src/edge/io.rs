@@ -11,6 +11,7 @@ use std::{
 };
 
 use bytes::{Buf, Bytes};
+use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
@@ -33,25 +34,42 @@ thread_local! {
     static GATHER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
+/// A peer that has said nothing for so long is asked whether it is there, three times.
+const ASK_PEER_AFTER: Duration = Duration::from_secs(20);
+const ASK_PEER_EVERY: Duration = Duration::from_secs(7);
+
 /// How often the kernel is asked whether the client has acknowledged everything.
 pub const ASK_EVERY: Duration = Duration::from_millis(20);
-/// A client that acknowledges nothing for so long is not there any more.
-const DELIVERED_WITHIN: Duration = Duration::from_secs(30);
+/// Less than that is no answer but what is said at the end of a connection, on its way to a client that may have gone.
+const LAST_WORDS: usize = 1024;
 
 /// What the kernel has yet to bring to the client, as it was seen to become less.
 #[derive(Debug, Default)]
-pub struct Delivery(Option<(usize, Instant)>);
+pub struct Delivery {
+    stall: Stall,
+    before: usize,
+    /// Requests of the connection when it was looked first: another answer has its own time.
+    served: u64,
+}
 
 impl Delivery {
-    /// Whether it is to be waited for, with so many bytes on their way now.
-    pub fn goes_on(&mut self, undelivered: usize) -> bool {
-        let now = Instant::now();
-        match self.0 {
-            _ if undelivered == 0 => self.0 = None,
-            Some((before, since)) if undelivered >= before => return now < since + DELIVERED_WITHIN,
-            _ => self.0 = Some((undelivered, now)),
+    /// Whether so many bytes are to be waited for: as long as the client takes them as fast as it must take everything.
+    pub fn goes_on(&mut self, undelivered: usize, progress: &Progress) -> bool {
+        let served = progress.served.get();
+        if undelivered == 0 || served != self.served {
+            self.stall.over();
         }
-        undelivered > 0
+        self.served = served;
+        if undelivered > 0 {
+            if self.stall.is_blocked() && undelivered < self.before {
+                self.stall.took(self.before - undelivered);
+            }
+            self.stall.blocked();
+        }
+        self.before = undelivered;
+        let (stall, min_rate) = progress.slowest.get();
+        let stall = if undelivered <= LAST_WORDS { stall.min(LINGER_TIME) } else { stall };
+        self.stall.deadline(stall, min_rate).is_some_and(|deadline| Instant::now() < deadline)
     }
 }
 
@@ -94,6 +112,10 @@ pub struct Progress {
     pub abort: Cell<bool>,
     /// Set from outside: idle, it is to make room for another.
     pub unwanted: Cell<bool>,
+    /// Idle, but the kernel still delivers its last answer.
+    pub delivering: Cell<bool>,
+    /// `stall_timeout` and `min_rate`.
+    pub slowest: Cell<(Duration, u64)>,
     /// Its peer is a trusted proxy.
     pub is_trusted: Cell<bool>,
     pub waker: RefCell<Option<Waker>>,
@@ -119,6 +141,8 @@ impl Progress {
             stall: Stall::default(),
             abort: Cell::new(false),
             unwanted: Cell::new(false),
+            delivering: Cell::new(false),
+            slowest: Cell::new((Duration::from_secs(30), 0)),
             is_trusted: Cell::new(false),
             waker: RefCell::new(None),
         })
@@ -322,7 +346,13 @@ impl Io {
 
     /// Whether the kernel has something for us: the runtime may not have heard of it yet.
     pub fn has_input(&self) -> bool {
-        super::is_readable(self.stream.tcp())
+        self.prefix.has_remaining() || super::is_readable(self.stream.tcp())
+    }
+
+    /// A client that vanishes without a word is found out by the kernel, however much of an answer lies before the question.
+    pub fn watch_peer(&self) {
+        let keepalive = TcpKeepalive::new().with_time(ASK_PEER_AFTER).with_interval(ASK_PEER_EVERY).with_retries(3);
+        let _ = SockRef::from(self.stream.tcp()).set_tcp_keepalive(&keepalive);
     }
 
     /// Until there is something to read, an end among it. Takes no buffer.
@@ -356,14 +386,19 @@ impl Io {
                     lingering.discarded += buf.filled().len();
                     lingering.over = lingering.discarded > LINGER_BYTES;
                 }
-                Poll::Ready(_) => lingering.over = true,
+                Poll::Ready(Ok(())) => lingering.over = true,
+                // A reset: nothing is on its way any more, though the kernel goes on counting it.
+                Poll::Ready(Err(_)) => return Poll::Ready(()),
                 Poll::Pending if lingering.timeout.as_mut().poll(cx).is_pending() => return Poll::Pending,
                 Poll::Pending => lingering.over = true,
             }
         }
         // A client of HTTP/2 goes on talking of windows: on a socket that is closed that would reset what is still on its way to it.
         let waits = self.progress.leaving.get() || self.progress.multiplexed.get();
-        while waits && lingering.delivery.goes_on(unacked(self.stream.tcp())) {
+        while waits && lingering.delivery.goes_on(unacked(self.stream.tcp()), &self.progress) {
+            if !matches!(self.stream.tcp().take_error(), Ok(None)) {
+                break;
+            }
             // The kernel does not say when; a connection that is cut ends this.
             if lingering.timeout.is_elapsed() || lingering.timeout.deadline() > Instant::now() + ASK_EVERY {
                 lingering.timeout.as_mut().reset(Instant::now() + ASK_EVERY);
@@ -423,5 +458,56 @@ impl AsyncWrite for Io {
             ready!(self.poll_linger(cx));
         }
         Poll::Ready(Ok(()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STALL: Duration = Duration::from_secs(30);
+
+    fn progress() -> Rc<Progress> {
+        let progress = Progress::new(1024);
+        progress.slowest.set((STALL, 1024));
+        progress
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_takes_nothing_is_waited_for_as_long_as_any_other() {
+        let (progress, mut delivery) = (progress(), Delivery::default());
+        assert!(delivery.goes_on(100_000, &progress));
+        tokio::time::advance(STALL - Duration::from_secs(1)).await;
+        assert!(delivery.goes_on(100_000, &progress));
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert!(!delivery.goes_on(100_000, &progress));
+        assert!(!delivery.goes_on(0, &progress));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_that_takes_less_than_the_rate_is_not_waited_for() {
+        for (each_second, ends) in [(512, true), (2048, false)] {
+            let (progress, mut delivery) = (progress(), Delivery::default());
+            let mut left = 400_000;
+            let mut seconds = 0;
+            while delivery.goes_on(left, &progress) && seconds < 90 {
+                tokio::time::advance(Duration::from_secs(1)).await;
+                (left, seconds) = (left - each_second, seconds + 1);
+            }
+            assert_eq!(seconds < 90, ends, "{each_second} bytes a second: {seconds} s");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn another_answer_has_its_own_time_and_last_words_have_little() {
+        let (progress, mut delivery) = (progress(), Delivery::default());
+        assert!(delivery.goes_on(50_000, &progress));
+        tokio::time::advance(STALL * 2).await;
+        progress.served.set(1);
+        assert!(delivery.goes_on(600_000, &progress), "it was looked at long ago, for another answer");
+        let mut delivery = Delivery::default();
+        assert!(delivery.goes_on(51, &progress));
+        tokio::time::advance(LINGER_TIME).await;
+        assert!(!delivery.goes_on(51, &progress), "GOAWAY, to a client that has gone");
     }
 }

@@ -50,6 +50,7 @@ impl Registry {
             progress.stage.get() == Stage::Idle
                 && !progress.is_trusted.get()
                 && !progress.unwanted.get()
+                && !progress.delivering.get()
                 && !progress.stall.is_blocked()
                 && Some(progress.since.get()) < since
         };

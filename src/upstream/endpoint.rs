@@ -334,7 +334,11 @@ impl Endpoint {
         let detail = self.preflight.lock().unwrap_or_else(PoisonError::into_inner);
         match health.reason(now_ms) {
             reason if matches!(health.probe, Probe::Down { .. }) && health.preflight == Preflight::Done => {
-                format!("{reason}: {}", self.probe_problem.lock().unwrap_or_else(PoisonError::into_inner))
+                // Where it has begun to answer there is none, until it has done so often enough.
+                match self.probe_problem.lock().unwrap_or_else(PoisonError::into_inner).as_str() {
+                    "" => format!("{reason}, and answers again"),
+                    problem => format!("{reason}: {problem}"),
+                }
             }
             reason if health.preflight != Preflight::Done && !detail.is_empty() => format!("{reason}: {detail}"),
             reason => reason.to_owned(),

@@ -155,15 +155,20 @@ impl Probes {
     }
 }
 
+/// The sets whose endpoints are asked at all.
+fn followed(snapshot: &Snapshot) -> impl Iterator<Item = &Arc<Set>> {
+    snapshot.upstreams.values().filter(|u| !u.retired).flat_map(|u| u.sets.values())
+}
+
 /// Whether any set with a preflight has this endpoint.
 fn asks(snapshot: &Snapshot, endpoint: &Endpoint) -> bool {
-    let mut sets = snapshot.upstreams.values().flat_map(|u| u.sets.values());
+    let mut sets = followed(snapshot);
     sets.any(|set| set.config.preflight.is_some() && set.endpoint(endpoint.id).is_some())
 }
 
 /// Whether any set that has this endpoint asks whether it is alive.
 fn is_probed(snapshot: &Snapshot, endpoint: &Endpoint) -> bool {
-    let mut sets = snapshot.upstreams.values().flat_map(|u| u.sets.values());
+    let mut sets = followed(snapshot);
     sets.any(|set| (set.config.ping.is_some() || set.config.status_path.is_some()) && set.endpoint(endpoint.id).is_some())
 }
 

@@ -415,3 +415,82 @@ async fn a_request_that_crosses_the_end_of_an_idle_connection_is_answered() {
         assert_eq!(within(PATIENCE, "an answer", newcomer).await.unwrap().unwrap().status, 200);
     }
 }
+
+/// A connection that has been idle for long is told of the drain like any other: what crosses that is answered.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_crosses_the_drain_is_answered() {
+    let fpm = ScriptedFpm::start(Behaviour::hello("blue")).await;
+    let config = toml(&fpm.address().to_string(), "", "workers_per_endpoint = 8")
+        + "[drain]\ngrace = \"20s\"\nlame_duck = \"0s\"\nquiet = \"300ms\"\n";
+    let mut proxy = Slackwater::start(&config).await;
+    let mut wire = Wire::open(proxy.http(), &[]).await;
+    wire.send(&get(1, "/a.php")).await;
+    assert_eq!(wire.verdict(1).await, OK);
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    proxy.terminate();
+    loop {
+        let next = wire.next().await.unwrap().expect("GOAWAY comes before the end");
+        if next.kind == crate::support::h2wire::GOAWAY {
+            break;
+        }
+    }
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    wire.send(&get(3, "/b.php")).await;
+    assert_eq!(wire.verdict(3).await, OK);
+    assert_eq!(proxy.wait_exit(PATIENCE).await, 0);
+}
+
+/// Those to whom the kernel still delivers are not closed, and do not take the room that idle ones would make.
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_that_read_nothing_keep_no_newcomer_out() {
+    let fpm = ScriptedFpm::start(Behaviour::hello("blue")).await;
+    fpm.on("/big", Behaviour::big_body(1_000_000));
+    let proxy = start(&fpm, "max_connections = 12").await;
+    let mut stuck = Vec::new();
+    for _ in 0..10 {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.set_recv_buffer_size(4096).unwrap();
+        let mut wire = Wire::over(socket.connect(proxy.http()).await.unwrap(), &[(4, 6 << 20)]).await;
+        wire.send(&frame(WINDOW_UPDATE, 0, 0, &(6_u32 << 20).to_be_bytes())).await;
+        wire.send(&get(1, "/big.php")).await;
+        stuck.push(wire);
+    }
+    let mut idle = Vec::new();
+    for _ in 0..2 {
+        let mut client = crate::support::http::Connection::open(proxy.http()).await.unwrap();
+        assert_eq!(client.get("/a.php").await.unwrap().status, 200);
+        idle.push(client);
+    }
+    eventually("PHP is through with all of them", async || match proxy.metric(&["slackwater_upstream_busy", "blue"]).await {
+        Some(0.0) => Ok(()),
+        other => Err(format!("{other:?}")),
+    })
+    .await;
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    let asked = Instant::now();
+    still_answers(&proxy).await;
+    println!("a newcomer was answered after {:?}", asked.elapsed());
+    let closed = proxy.metric(&["slackwater_shed_total", "idle_connection"]).await.unwrap();
+    assert!(closed <= 12.0, "{closed} of 12 connections were counted as closed");
+}
+
+/// What a client that has reset its connection will never take is not waited for.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_resets_does_not_hold_the_drain() {
+    let fpm = ScriptedFpm::start(Behaviour::big_body(4_000_000)).await;
+    let config = toml(&fpm.address().to_string(), "", "workers_per_endpoint = 8")
+        + "[drain]\ngrace = \"60s\"\nlame_duck = \"0s\"\nquiet = \"200ms\"\n";
+    let mut proxy = Slackwater::start(&config).await;
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(4096).unwrap();
+    let mut client = crate::support::http::Connection::over(socket.connect(proxy.http()).await.unwrap());
+    client.send(http::request("GET", "/big.php", &[], b"")).await.unwrap();
+    client.read_head().await.unwrap();
+    proxy.terminate();
+    proxy.wait_for_log("Draining", PATIENCE).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let reset = Instant::now();
+    client.reset();
+    assert_eq!(proxy.wait_exit(PATIENCE).await, 0);
+    println!("ended {:?} after the reset", reset.elapsed());
+}
