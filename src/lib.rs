@@ -20,7 +20,8 @@
 //! [`control::kubernetes`], whose [`control::slices`] name the pods), [`control::build`] makes the next snapshot, the store swaps it. Which set is
 //! active [`control::switch`] says; what of it must survive a restart is in [`control::state`]; the other replicas are asked by
 //! [`control::replicas`]. [`control::terminate`] is the way out. What people and machines are told stands in [`control::status`], on the ops port and the admin socket
-//! ([`control::api`]) and on the status page, and to systemd in [`control::systemd`]. [`app`] wires both planes together and is
+//! ([`control::api`]) and on the status page, to systemd in [`control::systemd`], and what nobody has asked for in
+//! [`control::alarm`]. [`app`] wires both planes together and is
 //! the only module that knows both.
 #![deny(unsafe_code)]
 

@@ -85,13 +85,15 @@ async fn nothing_waits_for_a_systemd_that_does_not_read() {
     let builder = Slackwater::builder(&toml(fpm.address())).env("NOTIFY_SOCKET", &systemd.path());
     let mut proxy = builder.env("WATCHDOG_USEC", "300000").start().await;
     // More than the socket holds (net.unix.max_dgram_qlen, 10 as a rule).
-    eventually("it waits", async || {
-        let tasks = std::fs::read_dir(format!("/proc/{}/task", proxy.pid())).unwrap().map(|task| task.unwrap().path());
-        let mut waits =
-            tasks.filter(|task| std::fs::read_to_string(task.join("wchan")).is_ok_and(|where_| where_.contains("unix_")));
-        waits.next().map(drop).ok_or_else(|| "no thread waits for the socket".to_owned())
+    let full = UnixDatagram::unbound().unwrap();
+    full.set_nonblocking(true).unwrap();
+    eventually("the socket takes no more", async || match full.send_to(b"X=1", systemd.path()) {
+        Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Ok(()),
+        other => Err(format!("{other:?}")),
     })
     .await;
+    // From here on each word to systemd waits, and there is one every 100 ms.
+    tokio::time::sleep(Duration::from_millis(500)).await;
     assert_eq!(proxy.status().await["phase"], "Running");
     proxy.terminate();
     assert_eq!(proxy.wait_exit(Duration::from_secs(20)).await, 0);
