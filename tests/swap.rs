@@ -153,7 +153,8 @@ async fn orders_that_cannot_be_are_refused_with_what_there_is() {
         assert!(output.status.code() == Some(1) && text.contains(want), "{args:?}: {text}");
     }
     assert!(proxy.cli_ok(&["swap", "php", "blue"]).await.contains("active already"));
-    proxy.cli_ok(&["swap", "php", "green", "--force"]).await;
+    let forced = proxy.cli_ok(&["swap", "php", "green", "--force"]).await;
+    assert!(forced.contains("(forced: 1 of 1 endpoints are usable)"), "{forced}");
     assert_eq!(http::get(proxy.http(), "/index.php").await.unwrap().text(), "green hello\n");
 }
 

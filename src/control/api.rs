@@ -34,6 +34,7 @@ use crate::{
     },
     model::peer::is_within,
     telemetry::{metrics, seldom::Seldom},
+    upstream::dispatch::now_ms,
 };
 
 type Answer = Response<Either<Full<bytes::Bytes>, page::Events>>;
@@ -405,7 +406,12 @@ async fn swap(control: &Control, by: String, order: SwapRequest) -> Outcome {
         Ok(Ok(Swap::Nothing(message))) => return Outcome::new(true, message),
         Ok(Err(reason)) | Err(reason) => return Outcome::new(false, reason),
     };
-    let turned = format!("upstream {} has turned to set {}", order.upstream, order.set);
+    let turned = format!(
+        "upstream {} has turned to set {}{}",
+        order.upstream,
+        order.set,
+        if order.force { usable(control, &order) } else { String::new() }
+    );
     match turn.barrier.await {
         Ok(Ok(())) => {}
         Ok(Err(workers)) => return Outcome::new(false, format!("{turned}, but workers {workers:?} have not passed the barrier")),
@@ -423,6 +429,15 @@ async fn swap(control: &Control, by: String, order: SwapRequest) -> Outcome {
         Ok(Err(_)) => Outcome::new(false, "the control plane has ended"),
         Err(_) => left_behind(control, &turned, turn.old_serial, budget).await,
     }
+}
+
+/// What somebody who has not asked for `min_ready` may have got.
+fn usable(control: &Control, order: &SwapRequest) -> String {
+    let snapshot = control.store.load();
+    let set = snapshot.upstreams.get(&*order.upstream).and_then(|upstream| upstream.sets.get(&*order.set));
+    set.map_or_else(String::new, |set| {
+        format!(" (forced: {} of {} endpoints are usable)", set.usable(now_ms()), set.endpoints.len())
+    })
 }
 
 /// Asked once more, after a time-out: code 0 is only for who has nothing left on the old set.
