@@ -180,7 +180,7 @@ async fn readers_are_few_and_leave_room() {
 struct Browser {
     lines: Lines<BufReader<tokio::process::ChildStdout>>,
     stdin: tokio::process::ChildStdin,
-    _child: tokio::process::Child,
+    child: tokio::process::Child,
 }
 
 impl Browser {
@@ -189,7 +189,7 @@ impl Browser {
         command.arg("tests/browser/drive.py").stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true);
         let mut child = command.spawn().expect("python3 (tests/browser/install)");
         let (stdin, stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
-        Browser { lines: BufReader::new(stdout).lines(), stdin, _child: child }
+        Browser { lines: BufReader::new(stdout).lines(), stdin, child }
     }
 
     async fn tell(&mut self, what: &str, how: impl Into<Value>) -> Value {
@@ -203,6 +203,13 @@ impl Browser {
 
     async fn until(&mut self, javascript: &str) {
         self.tell("until", javascript).await;
+    }
+
+    /// With all of Chromium's processes, which nobody else would end.
+    async fn close(self) {
+        let Browser { lines, stdin, mut child } = self;
+        drop((lines, stdin));
+        within(Duration::from_secs(60), "Chromium ends", child.wait()).await.unwrap();
     }
 }
 
@@ -308,4 +315,5 @@ async fn long_status_page() {
             "!document.querySelector('#banner').hidden && document.querySelector('#banner').textContent.includes('No news since')",
         )
         .await;
+    browser.close().await;
 }
