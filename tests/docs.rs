@@ -13,6 +13,7 @@ use std::{
 use slackwater::telemetry::metrics::{Kind, METRICS};
 use support::{
     http,
+    markdown::anchors,
     process::Slackwater,
     scripted_fpm::{Behaviour, ScriptedFpm},
 };
@@ -74,24 +75,6 @@ fn the_names_of_metrics_keep_to_the_conventions() {
         }
         assert!(metric.help.ends_with('.') && !metric.help.contains('|'), "{name}: {}", metric.help);
     }
-}
-
-/// As GitHub makes them of headings.
-fn anchor(heading: &str) -> String {
-    let text: String = heading.chars().filter(|c| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_')).collect();
-    text.trim().to_lowercase().replace(' ', "-")
-}
-
-fn anchors(page: &str) -> BTreeSet<String> {
-    let mut in_block = false;
-    let mut found = BTreeSet::new();
-    for line in page.lines() {
-        in_block ^= line.trim_start().starts_with("```");
-        if !in_block && line.starts_with('#') {
-            found.insert(anchor(line.trim_start_matches('#')));
-        }
-    }
-    found
 }
 
 #[test]

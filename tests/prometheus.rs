@@ -1,5 +1,7 @@
 //! `config/prometheus`, `config/grafana` and `docs/runbook.md`: promtool takes them, they ask for nothing that is not there, and each leads to what is to be done.
 
+mod support;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
@@ -12,6 +14,7 @@ use slackwater::{
     error::Kind,
     telemetry::metrics::{self, METRICS},
 };
+use support::markdown::anchors;
 
 fn read(name: &str) -> String {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
@@ -161,14 +164,7 @@ fn each_panel_and_each_alert_says_what_to_do() {
         }
     }
     let runbook = read("docs/runbook.md");
-    let headings: BTreeSet<String> = runbook
-        .lines()
-        .filter_map(|line| line.strip_prefix('#'))
-        .map(|heading| {
-            let kept = |c: &char| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_');
-            heading.trim_start_matches('#').chars().filter(kept).collect::<String>().trim().to_lowercase().replace(' ', "-")
-        })
-        .collect();
+    let headings = anchors(&runbook);
     let alerts = alerts();
     for alert in rules(&alerts).into_iter().filter(|rule| rule["alert"].is_string()) {
         let name = &alert["alert"];

@@ -353,19 +353,11 @@ impl Reconciler {
             Ok(loaded) => loaded,
             Err(problems) => {
                 let reason = problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
-                let said = format!("the certificates cannot be used, and those before them go on: {reason}");
-                // They are looked at once a second as long as they cannot.
-                if self.control.told().certificates.replace(said.clone()).as_ref() != Some(&said) {
-                    tracing::error!(reason, "the certificates cannot be used; those before them go on");
-                    self.control.metrics.reload("refused");
-                    self.control.news.notify_one();
-                }
-                return;
+                return self.certificates_refused("the certificates cannot be used; those before them go on", &reason);
             }
         };
-        let was_refused = self.control.told().certificates.take().is_some();
         if loaded == self.config.settings.tls {
-            if was_refused {
+            if self.control.told().certificates.take().is_some() {
                 tracing::info!("the certificates can be used again");
             }
             return self.make_up_for_a_refusal();
@@ -378,6 +370,7 @@ impl Reconciler {
         match self.build(&self.config, &switch) {
             Ok(next) => {
                 self.put_in_force(next, "certificates", FILE_TURN_BUDGET);
+                self.control.told().certificates = None;
                 self.control.metrics.reload("applied");
                 tracing::info!("the certificates have been read anew");
                 for warning in self.config.settings.tls.iter().flat_map(|tls| tls::warnings(&tls.certificates, SystemTime::now())) {
@@ -388,12 +381,18 @@ impl Reconciler {
             Err(reason) => {
                 // So that they are tried again when they change again.
                 self.config.settings = before;
-                let said = format!("the certificates cannot be put in force: {reason}");
-                if self.control.told().certificates.replace(said.clone()).as_ref() != Some(&said) {
-                    tracing::error!(reason, "the certificates cannot be put in force");
-                    self.control.metrics.reload("refused");
-                }
+                self.certificates_refused("the certificates cannot be put in force", &reason);
             }
+        }
+    }
+
+    /// Said and counted once for each reason: they are looked at once a second as long as they cannot be used.
+    fn certificates_refused(&self, what: &'static str, reason: &str) {
+        let said = format!("{what}: {reason}");
+        if self.control.told().certificates.replace(said.clone()).as_ref() != Some(&said) {
+            tracing::error!(reason, "{what}");
+            self.control.metrics.reload("refused");
+            self.control.news.notify_one();
         }
     }
 

@@ -6,7 +6,7 @@
 //! [`load_balancer`] (reuses connections, checks health, notices late), [`relay`] (a network in between).
 //! Around it: [`apiserver`] (Kubernetes, as far as it is asked), [`cluster`] (that one or a real one), [`netns`] (where pods have addresses of
 //! their own). The proxy itself: [`process`], [`clock`] (its wall clock), [`hung`] (a thread of it that does not come back),
-//! [`usage`] and [`cgroup`] (what it has taken, and what it may take). The rest: [`pattern`] and [`sha1`] (bytes that can be checked), [`ports`],
+//! [`usage`] and [`cgroup`] (what it has taken, and what it may take). The rest: [`pattern`] and [`sha1`] (bytes that can be checked), [`ports`], [`markdown`] (pages),
 //! [`children`] (processes that do not outlive the test), [`gate`] (waiting without sleeping), [`snapshot`] (the data plane without a process).
 
 #![allow(dead_code, reason = "every test binary compiles all of this and uses its part")]
@@ -23,6 +23,7 @@ pub mod http;
 pub mod hung;
 pub mod ledger;
 pub mod load_balancer;
+pub mod markdown;
 pub mod netns;
 pub mod pattern;
 pub mod ports;
